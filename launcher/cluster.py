@@ -1,0 +1,100 @@
+"""Cluster: what there is to run on.
+
+`find_local_cluster` looks at this machine; `load_cluster` reads a YAML file. Neither imports torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Literal
+
+from pydantic import PositiveInt
+
+from launcher.errors import RecipeError
+from launcher.schema import Spec, check_document, load_document
+from launcher.units import MIB
+
+Accelerator = Literal["cpu", "cuda"]
+
+
+class Cluster(Spec):
+    """The machines of a run."""
+
+    name: str = "local"
+    """What messages call it."""
+    address: str = "local"
+    """local starts a Ray of the run's own on this machine; else the address of a running one."""
+    nodes: PositiveInt = 1
+    """How many machines take part."""
+    accelerator: Accelerator = "cpu"
+    """What a worker computes on."""
+    device_name: str = ""
+    """The devices' model, as their driver says it."""
+    workers_per_node: PositiveInt = 1
+    """One worker a GPU; on CPU as many as share the cores."""
+    cpus_per_node: PositiveInt = 1
+    """Cores of a machine."""
+    device_memory: PositiveInt = 1
+    """Bytes of one device; on CPU a worker's share of host memory."""
+    host_memory: PositiveInt = 1
+    """Bytes of a machine's memory."""
+    bf16: bool = False
+    """Whether the devices compute in bf16 natively (compute capability 8.0 and up)."""
+
+
+def load_cluster(path: Path) -> Cluster:
+    """The cluster of a YAML file. Raises RecipeError with every fault."""
+    cluster, faults = check_document(Cluster, load_document(path))
+    if faults or cluster is None:
+        raise RecipeError(faults)
+    return cluster
+
+
+def find_local_cluster(workers: int | None = None) -> Cluster:
+    """This machine: one worker a GPU, or, without one, two CPU workers that share the cores.
+
+    Two, so that what is tried on a laptop is the distributed run.
+    """
+    gpus = find_gpus()
+    cores, memory = len(os.sched_getaffinity(0)), find_host_memory()
+    if gpus:
+        name, device_memory, capability = gpus[0]
+        return Cluster(accelerator="cuda", device_name=name, workers_per_node=workers or len(gpus), cpus_per_node=cores,
+                       device_memory=device_memory, host_memory=memory, bf16=capability >= 8.0)  # fmt: skip
+    workers = workers or min(2, cores)
+    return Cluster(accelerator="cpu", device_name="CPU", workers_per_node=workers, cpus_per_node=cores,
+                   device_memory=memory // workers, host_memory=memory)  # fmt: skip
+
+
+def find_gpus() -> list[tuple[str, int, float]]:
+    """Name, bytes and compute capability of each GPU this process may use, as nvidia-smi tells."""
+    if shutil.which("nvidia-smi") is None:
+        return []
+    query = ["nvidia-smi", "--query-gpu=index,uuid,name,memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=False)
+    if answer.returncode != 0:
+        return []
+    gpus = []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    allowed = None if visible is None else [part.strip() for part in visible.split(",") if part.strip()]
+    for line in answer.stdout.splitlines():
+        index, uuid, name, mebibytes, capability = (part.strip() for part in line.split(","))
+        if allowed is None or index in allowed or any(uuid.startswith(part) for part in allowed):
+            gpus.append((name, int(mebibytes) * MIB, float(capability)))
+    return gpus
+
+
+def find_host_memory() -> int:
+    """Bytes of memory this machine has, or that its cgroup allows."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            text = Path(path).read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit():
+            limits.append(int(text))
+    return min(limits)

@@ -1,0 +1,145 @@
+"""A run on a Ray of its own, on this machine: started for the run, stopped with it.
+
+Ray Core rather than Ray Train: a placement group waits for what the run needs as long as we say, the
+driver hears of each failure at once, and events do not pass through a controller that polls every two
+seconds (../shared/FACTS.md). The side that trains is named here by its import path only.
+"""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from launcher.errors import ClusterError, Interrupted, LauncherError, Stopped, TrainingError
+from launcher.job.worker import Worker, worker_options
+from launcher.plan import PLAN_FILE, Plan
+from launcher.run import Event, RunFolder, write_status
+
+START_TIMEOUT_S = 120.0
+POLL_S = 0.25
+FELLOW_ERRORS_S = 3.0
+"""After the first rank fails, how long the others may still say why: the cause often speaks second."""
+
+
+def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
+    """Run a plan to its end, giving each event to `show`. Raises LauncherError; leaves no process behind."""
+    folder = RunFolder(Path(plan.run_dir))
+    write_status(folder, "running")
+    try:
+        with _stopping_on_signals(), _own_ray(plan) as ray:
+            show({"event": "phase", "name": "starting workers"})
+            _drive(ray, plan, show)
+    except (Interrupted, Stopped) as error:
+        write_status(folder, "stopped", message=error.message)
+        raise
+    except LauncherError as error:
+        write_status(folder, "failed", error=type(error).__name__, message=error.message, remedy=error.remedy, exit_code=error.exit_code)
+        raise
+    write_status(folder, "finished")
+
+
+@contextmanager
+def _own_ray(plan: Plan) -> Iterator[Any]:
+    """A Ray that listens on loopback only, with its files in a folder of its own, gone afterwards."""
+    import ray
+
+    files = tempfile.mkdtemp(prefix="lepton-")
+    try:
+        ray.init(
+            address="local",
+            num_cpus=plan.layout.workers_per_node,
+            num_gpus=plan.layout.workers_per_node if plan.layout.accelerator == "cuda" else 0,
+            include_dashboard=False,
+            object_store_memory=100 << 20,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=False,
+            _temp_dir=files,
+            _node_ip_address="127.0.0.1",
+        )
+        yield ray
+    except (RuntimeError, ConnectionError, TimeoutError) as error:
+        raise ClusterError(f"Ray did not start on this machine: {error}", "lepton-launch doctor says what this machine lacks") from error
+    finally:
+        ray.shutdown()
+        shutil.rmtree(files, ignore_errors=True)
+
+
+def _drive(ray: Any, plan: Plan, show: Callable[[Event], None]) -> None:
+    """Start a worker a rank, hand over the plan, pass events on until all are done or one fails."""
+    workers = [ray.remote(Worker).options(**worker_options(plan)).remote(plan.run_dir, rank) for rank in range(plan.layout.world_size)]
+    try:
+        address = ray.get(workers[0].open_store.remote(plan.layout.world_size), timeout=START_TIMEOUT_S)
+        plan_path = str(Path(plan.run_dir) / PLAN_FILE)
+        running = {worker.train.remote(plan_path, address): rank for rank, worker in enumerate(workers)}
+        while running:
+            done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
+            _show_events(ray, workers[0], show)
+            failures = [failure for ref in done if (failure := _failure_of(ray, ref, running.pop(ref)))]
+            if failures:
+                raise _cause(failures + _fellow_failures(ray, running))
+        _show_events(ray, workers[0], show)
+    except ray.exceptions.GetTimeoutError:
+        raise ClusterError(f"no worker started within {START_TIMEOUT_S:.0f} s", "lepton-launch doctor says what this machine lacks") from None
+    finally:
+        for worker in workers:
+            ray.kill(worker)
+
+
+def _show_events(ray: Any, worker: Any, show: Callable[[Event], None]) -> None:
+    try:
+        for event in ray.get(worker.take_events.options(concurrency_group="control").remote(), timeout=10):
+            show(event)
+    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+        return  # its train() call tells why
+
+
+def _failure_of(ray: Any, ref: Any, rank: int) -> LauncherError | None:
+    try:
+        ray.get(ref)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        return cause if isinstance(cause, LauncherError) else TrainingError(f"rank {rank}: {cause!r}", "the traceback is in the run's logs/")
+    except ray.exceptions.RayActorError as error:
+        reason = " ".join(str(error).split("\n")[0].split())
+        return TrainingError(f"the process of rank {rank} died: {reason}", "see the end of its file in the run's logs/; a kill by the kernel (out of memory) leaves no trace there")
+    return None
+
+
+def _fellow_failures(ray: Any, running: dict[Any, int]) -> list[LauncherError]:
+    deadline, failures = time.monotonic() + FELLOW_ERRORS_S, []
+    while running and time.monotonic() < deadline:
+        done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
+        failures += [failure for ref in done if (failure := _failure_of(ray, ref, running.pop(ref)))]
+    return failures
+
+
+def _cause(failures: list[LauncherError]) -> LauncherError:
+    """The failure that says most: a named one before "the connection to the others broke"."""
+    return min(failures, key=lambda failure: type(failure) is TrainingError)
+
+
+@contextmanager
+def _stopping_on_signals() -> Iterator[None]:
+    """Inside, SIGINT raises Interrupted and SIGTERM Stopped, so that everything is closed on the way out."""
+
+    def on_interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("interrupted", "nothing was saved: this run starts over when it is started again")
+
+    def on_terminate(number: int, frame: FrameType | None) -> None:
+        raise Stopped("stopped by SIGTERM")
+
+    before = {signal.SIGINT: on_interrupt, signal.SIGTERM: on_terminate}
+    previous = {number: signal.signal(number, handler) for number, handler in before.items()}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,140 @@
+"""Plan: what will happen. Made from a recipe and a cluster, written beside the run, read by the workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from launcher.cluster import Cluster
+from launcher.errors import DataError, Fault, RecipeError
+from launcher.plan.batch import BatchPlan, make_batch
+from launcher.plan.deepspeed import choose_bucket, make_deepspeed_config
+from launcher.plan.layout import Layout, make_layout
+from launcher.plan.memory import MemoryEstimate, count_trainable, estimate_memory
+from launcher.plan.shape import ModelShape, load_shape
+from launcher.plan.source import locate_model
+from launcher.recipe import Recipe
+
+SCHEMA_VERSION = 1
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything a worker needs to know. `base_dir` is where relative paths of the recipe start."""
+
+    recipe: Recipe
+    cluster: Cluster
+    shape: ModelShape
+    layout: Layout
+    batch: BatchPlan
+    memory: MemoryEstimate
+    deepspeed: dict[str, Any]
+    num_params: int
+    trainable_params: int
+    run_dir: str
+    base_dir: str
+    notes: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Names what is trained: the recipe and its resolution, not where it is written."""
+        facts = self.to_dict()
+        for place in ("run_dir", "base_dir", "notes", "memory", "cluster"):
+            del facts[place]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "cluster": self.cluster.model_dump(mode="json"),
+            "shape": asdict(self.shape),
+            "layout": asdict(self.layout),
+            "batch": asdict(self.batch),
+            "memory": asdict(self.memory),
+            "deepspeed": self.deepspeed,
+            "num_params": self.num_params,
+            "trainable_params": self.trainable_params,
+            "run_dir": self.run_dir,
+            "base_dir": self.base_dir,
+            "notes": list(self.notes),
+        }
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def load_plan(path: Path) -> Plan:
+    """The plan of a run folder's plan.json, equal to the one that was saved."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a plan: {error}", "name a run folder that lepton-launch made") from None
+    if facts.get("schema_version") != SCHEMA_VERSION:
+        raise DataError(f"{path} has plan schema {facts.get('schema_version')}, and this version reads {SCHEMA_VERSION}", "use the version that made the run")
+    return Plan(
+        recipe=Recipe.model_validate_json(json.dumps(facts["recipe"])),
+        cluster=Cluster.model_validate_json(json.dumps(facts["cluster"])),
+        shape=ModelShape(**facts["shape"]),
+        layout=Layout(**facts["layout"]),
+        batch=BatchPlan(**facts["batch"]),
+        memory=MemoryEstimate(**facts["memory"]),
+        deepspeed=facts["deepspeed"],
+        num_params=facts["num_params"],
+        trainable_params=facts["trainable_params"],
+        run_dir=facts["run_dir"],
+        base_dir=facts["base_dir"],
+        notes=tuple(facts["notes"]),
+    )
+
+
+def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) -> Plan:
+    """Decide everything. Reads the model's configuration, nothing else. Raises RecipeError or ModelError."""
+    shape = load_shape(locate_model(recipe.model.name_or_path, base_dir), recipe.model.revision)
+    _check_length(recipe, shape)
+    layout, notes = make_layout(recipe, cluster)
+    trainable = count_trainable(recipe, shape)
+    if trainable == 0:
+        raise RecipeError([Fault("plan", "method", f"trains no parameter of this {shape.model_type}", "check target_modules, last_layers or patterns")])
+    bucket = choose_bucket(trainable)
+
+    def memory_of(micro: int) -> MemoryEstimate:
+        return estimate_memory(recipe, shape, layout, micro, bucket)
+
+    batch = make_batch(
+        global_batch_size=recipe.batch.global_batch_size,
+        micro_batch_size=recipe.batch.micro_batch_size,
+        ranks=layout.world_size,
+        seq_len=recipe.data.seq_len,
+        accelerator=layout.accelerator,
+        fits=lambda micro: memory_of(micro).total <= 0.9 * cluster.device_memory,
+    )
+    if recipe.batch.micro_batch_size == "auto":
+        notes.append(f"micro-batch: {batch.micro_batch_size} × {batch.gradient_accumulation_steps} accumulation on {layout.world_size} ranks")
+    if recipe.optim.name == "adafactor":
+        notes.append("adafactor: ZeRO hands it flat partitions, so its second moment is not factored (4 bytes a parameter)")
+    adapters = trainable if recipe.method.kind in ("lora", "qlora") else 0
+    return Plan(
+        recipe=recipe,
+        cluster=cluster,
+        shape=shape,
+        layout=layout,
+        batch=batch,
+        memory=memory_of(batch.micro_batch_size),
+        deepspeed=make_deepspeed_config(layout, batch, max_grad_norm=recipe.optim.max_grad_norm, bucket=bucket, hidden_size=shape.hidden_size),
+        num_params=shape.num_params + adapters,
+        trainable_params=trainable,
+        run_dir=run_dir,
+        base_dir=base_dir,
+        notes=tuple(notes),
+    )
+
+
+def _check_length(recipe: Recipe, shape: ModelShape) -> None:
+    if recipe.data.seq_len > shape.max_positions:
+        raise RecipeError([Fault("plan", "data.seq_len", f"{recipe.data.seq_len} is longer than the model's {shape.max_positions} positions",
+                                 f"use at most {shape.max_positions}")])  # fmt: skip

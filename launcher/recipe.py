@@ -1,0 +1,386 @@
+"""Recipe: what is wanted, one to one with the YAML a person writes.
+
+Every section is frozen and refuses unknown keys. `load_recipe` reads a file with its overrides and raises
+one RecipeError that carries every fault. A value "auto" is decided by the plan, which says why.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt, field_validator
+
+from launcher.errors import Fault, RecipeError
+from launcher.schema import Document, Spec, check_document, load_document
+
+Auto = Literal["auto"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+class Model(Spec):
+    """The model that is fine-tuned."""
+
+    name_or_path: str
+    """A local folder, a hub id, or pkg://PACKAGE/FILE.gguf for a file inside an installed package."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub model."""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """What weights and activations are computed in; auto is bf16 on a GPU that has it, else fp32."""
+    attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
+    """The attention kernel; auto takes flash attention where it is installed, else SDPA."""
+    liger_kernel: Literal["auto"] | bool = "auto"
+    """Liger's fused Triton kernels; auto uses them on a GPU where liger-kernel is installed."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for a model whose code you have read."""
+
+
+class Full(Spec):
+    """Train every weight."""
+
+    kind: Literal["full"] = "full"
+
+
+class Freeze(Spec):
+    """Train some of the weights, keep the rest."""
+
+    kind: Literal["freeze"]
+    last_layers: NonNegativeInt = 0
+    """Train the last k transformer layers."""
+    patterns: tuple[str, ...] = ()
+    """Also train the parameters whose name matches one of these globs, such as "*norm*" or "lm_head*"."""
+
+
+class Lora(Spec):
+    """Train low-rank adapters beside the linear layers (Hu et al. 2021)."""
+
+    kind: Literal["lora"]
+    r: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: PositiveFloat = 32.0
+    """Scale: an adapter's output is multiplied by alpha / r (alpha / sqrt(r) with rslora)."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapters' input."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Which linear layers get an adapter, by the end of their name; all-linear leaves the head out."""
+    rslora: bool = False
+    """Rank-stabilised scale alpha / sqrt(r) (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Learn magnitude and direction apart (Liu et al. 2024); slower."""
+    init: Literal["default", "pissa"] = "default"
+    """How adapters start: default is zero output, pissa the principal singular vectors (Meng et al. 2024)."""
+
+
+class QLora(Spec):
+    """LoRA on a base that is quantised by bitsandbytes (Dettmers et al. 2023)."""
+
+    kind: Literal["qlora"]
+    bits: Literal[4, 8] = 4
+    """4 (NF4 or FP4) or 8 (LLM.int8())."""
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """The 4-bit code."""
+    double_quant: bool = True
+    """Quantise the 4-bit scales too: saves 0.37 bits a weight."""
+    r: PositiveInt = 16
+    """Rank of the adapters."""
+    alpha: PositiveFloat = 32.0
+    """Scale: an adapter's output is multiplied by alpha / r (alpha / sqrt(r) with rslora)."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapters' input."""
+    target_modules: Literal["all-linear"] | tuple[str, ...] = "all-linear"
+    """Which linear layers get an adapter, by the end of their name; all-linear leaves the head out."""
+    rslora: bool = False
+    """Rank-stabilised scale alpha / sqrt(r) (Kalajdzievski 2023)."""
+    dora: bool = False
+    """Learn magnitude and direction apart (Liu et al. 2024); slower."""
+
+
+Method = Annotated[Full | Freeze | Lora | QLora, Field(discriminator="kind")]
+
+
+class Source(Spec):
+    """One place that rows come from."""
+
+    path: str
+    """A file or glob (jsonl, json, csv, tsv, parquet, arrow), relative to the recipe; or hub://OWNER/NAME."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """What a row holds; auto looks at the fields of the first row."""
+    columns: dict[str, str] = {}
+    """Which column stands for which field of the format, such as {prompt: question, completion: answer}."""
+    split: str = "train"
+    """The split of a hub data set."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    weight: PositiveFloat = 1.0
+    """How often this source is seen in an epoch: 2 is twice, 0.5 every other row."""
+    limit: PositiveInt | None = None
+    """Use the first n rows only."""
+
+
+class Data(Spec):
+    """What it is trained on."""
+
+    train: tuple[Source, ...] = Field(min_length=1)
+    """The sources of the training set; one path or one source may be written without the list."""
+    eval: tuple[Source, ...] = ()
+    """The sources of the held-out set."""
+    eval_fraction: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """Hold out this share of the training set instead of naming a held-out set."""
+    seq_len: PositiveInt = 1024
+    """Length in tokens that examples are packed to, and the longest an example may be."""
+    packing: bool = True
+    """Put several examples into one sequence; none attends to another."""
+    loss_on: Literal["assistant", "all"] = "assistant"
+    """Which tokens carry loss: those of the answers, or all."""
+    too_long: Literal["error", "drop", "truncate"] = "error"
+    """What happens to an example longer than seq_len."""
+    system_prompt: str | None = None
+    """Put before conversations that have no system message of their own."""
+    chat_template: str | None = None
+    """A Jinja chat template (the text, or a path) in place of the tokenizer's."""
+
+    @field_validator("train", "eval", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        many = value if isinstance(value, list | tuple) else [value]
+        return tuple({"path": item} if isinstance(item, str) else item for item in many)
+
+
+class Batch(Spec):
+    """How many samples an optimizer step sees. A sample is a pack, or an example where packing is off."""
+
+    global_batch_size: PositiveInt = 16
+    """Samples a step, over all ranks and micro-steps; kept when the number of nodes changes."""
+    micro_batch_size: PositiveInt | Auto = "auto"
+    """Samples one rank takes through the model at a time."""
+
+
+OptimName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd", "lion", "lion_8bit", "adafactor"]
+
+
+class Optim(Spec):
+    """The optimizer."""
+
+    name: OptimName = "adamw"
+    """adamw and sgd are torch's, adafactor is torch's, lion and the 8-bit and paged ones are bitsandbytes'."""
+    lr: PositiveFloat = 1e-4
+    """Peak learning rate."""
+    weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay; norms, biases and other one-dimensional weights are left out."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
+    """Decay of the first and second moment (adamw, lion)."""
+    eps: PositiveFloat = 1e-8
+    """Added to the denominator (adamw)."""
+    momentum: Fraction = 0.0
+    """Momentum of sgd."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Clip the global gradient norm to this; 0 does not clip."""
+
+
+class Schedule(Spec):
+    """How long training goes and how the learning rate moves."""
+
+    kind: Literal["constant", "linear", "cosine"] = "cosine"
+    """The shape after the warm-up."""
+    epochs: PositiveFloat = 1.0
+    """Passes over the training set."""
+    max_steps: PositiveInt | None = None
+    """Stop after so many optimizer steps, whatever epochs says."""
+    warmup_steps: NonNegativeInt | None = None
+    """Steps of linear warm-up; in place of warmup_ratio."""
+    warmup_ratio: Fraction = 0.03
+    """Share of all steps that warm up."""
+    min_lr_ratio: Fraction = 0.0
+    """The lowest learning rate, as a share of the peak."""
+
+
+class Parallel(Spec):
+    """How the model is spread over the devices (DeepSpeed ZeRO, Rajbhandari et al. 2019)."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """0 replicates; 1 shards optimizer states; 2 also gradients; 3 also weights."""
+    offload_optimizer: bool = False
+    """Keep optimizer states in host memory (stages 1 to 3)."""
+    offload_param: bool = False
+    """Keep weights in host memory too (stage 3)."""
+    leaf_modules: Auto | bool = "auto"
+    """Stage 3: gather a whole decoder layer at a time; several times faster with adapters."""
+
+
+class Memory(Spec):
+    """What is given up to fit."""
+
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass (non-reentrant) instead of keeping them."""
+
+
+class EarlyStopping(Spec):
+    """Stop when the held-out loss no longer falls."""
+
+    patience: PositiveInt = 3
+    """Evaluations without improvement before the run ends."""
+    min_delta: NonNegativeFloat = 0.0
+    """What counts as an improvement of the loss."""
+
+
+class Evaluate(Spec):
+    """What is measured on the held-out set, and when. It is always measured before and after."""
+
+    every_steps: PositiveInt | None = None
+    """Also evaluate every so many optimizer steps."""
+    micro_batch_size: PositiveInt | Auto = "auto"
+    """Samples a rank evaluates at a time; auto is the training micro-batch."""
+    samples: tuple[str, ...] = ()
+    """Prompts that are answered before and after, and shown."""
+    max_new_tokens: PositiveInt = 48
+    """The longest sampled answer."""
+    early_stopping: EarlyStopping | None = None
+    """Stop when the held-out loss no longer falls."""
+    keep_best: Auto | bool = "auto"
+    """End with the weights of the best evaluation; auto does so with early stopping."""
+
+
+class Track(Spec):
+    """Where metrics go besides metrics.jsonl (accelerate's trackers)."""
+
+    to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    """Trackers; wandb and mlflow must be installed and logged in."""
+    project: str = "lepton-launch"
+    """The project or experiment that a tracker files the run under."""
+    every_steps: PositiveInt = 1
+    """Report metrics every so many optimizer steps."""
+
+
+class Recipe(Spec):
+    """A fine-tuning run, as a person wants it."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")
+    """Name of the run and of its folder."""
+    model: Model
+    method: Method = Full()
+    data: Data
+    batch: Batch = Batch()
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    parallel: Parallel = Parallel()
+    memory: Memory = Memory()
+    evaluate: Evaluate = Evaluate()
+    track: Track = Track()
+    output_dir: str = "runs"
+    """Where run folders are made."""
+    seed: NonNegativeInt = 42
+    """Seeds the adapters, dropout and the order of the data."""
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """The recipe of a YAML file with `section.key=value` overrides. Raises RecipeError with every fault."""
+    document = load_document(path, overrides)
+    recipe, faults = check_document(Recipe, document)
+    faults += [
+        Fault(document.locate(tuple(key.split("."))), key, problem, remedy)
+        for key, problem, remedy in _find_conflicts(_valid_sections(document))
+    ]
+    if faults or recipe is None:
+        raise RecipeError(sorted(faults, key=lambda fault: _line_number(fault.where)))
+    return recipe
+
+
+def _line_number(where: str) -> tuple[str, int]:
+    path, _, line = where.rpartition(":")
+    return (path, int(line)) if line.isdigit() else (where, 0)
+
+
+def _valid_sections(document: Document) -> dict[str, Any]:
+    """The sections of a recipe that are right in themselves, so that conflicts show beside other faults."""
+    from pydantic import TypeAdapter, ValidationError
+
+    sections: dict[str, Any] = {}
+    for name, info in Recipe.model_fields.items():
+        if not info.is_required() and name not in document.data:
+            sections[name] = info.default
+            continue
+        try:
+            adapter: TypeAdapter[Any] = TypeAdapter(Annotated[info.annotation, info] if info.discriminator else info.annotation)
+            sections[name] = adapter.validate_python(document.data.get(name), strict=False)
+        except ValidationError:
+            continue
+    return sections
+
+
+Conflict = tuple[str, str, str]
+"""Key, what is wrong, what to do."""
+
+
+def _find_conflicts(sections: dict[str, Any]) -> Iterator[Conflict]:
+    """What no section can see by itself. Each check takes the sections it names."""
+    for check in _CHECKS:
+        needs = list(inspect.signature(check).parameters)
+        if all(name in sections for name in needs):
+            yield from check(**{name: sections[name] for name in needs})
+
+
+def _check_method(method: Any) -> Iterator[Conflict]:
+    if isinstance(method, Freeze) and not method.last_layers and not method.patterns:
+        yield "method", "freeze trains nothing", "set method.last_layers or method.patterns"
+    if isinstance(method, QLora) and method.bits == 8 and method.quant_type != "nf4":
+        yield "method.quant_type", "is a 4-bit code, and method.bits is 8", "drop method.quant_type or set method.bits to 4"
+
+
+def _check_parallel(parallel: Parallel, method: Any, optim: Optim) -> Iterator[Conflict]:
+    stage = parallel.zero_stage
+    if parallel.offload_param and stage != 3:
+        yield "parallel.offload_param", f"needs ZeRO stage 3, and parallel.zero_stage is {stage}", "set parallel.zero_stage to 3"
+    if parallel.offload_optimizer and stage == 0:
+        yield "parallel.offload_optimizer", "needs ZeRO stage 1, 2 or 3, and parallel.zero_stage is 0", "set parallel.zero_stage to 2"
+    if parallel.leaf_modules is True and stage != 3:
+        yield "parallel.leaf_modules", f"needs ZeRO stage 3, and parallel.zero_stage is {stage}", "drop it, or set parallel.zero_stage to 3"
+    if parallel.offload_param and isinstance(method, QLora) and method.bits == 8:
+        yield (
+            "parallel.offload_param",
+            "LLM.int8() weights cannot live in host memory between uses (their scales are bound to the device)",
+            "set method.bits to 4, or parallel.offload_param to false",
+        )
+    if parallel.offload_optimizer and optim.name not in ("adamw", "sgd", "adafactor"):
+        yield (
+            "optim.name",
+            f"{optim.name} is a GPU optimizer of bitsandbytes, and parallel.offload_optimizer keeps its states on the CPU",
+            "use adamw, or drop the offload: 8-bit states are already four times smaller",
+        )
+
+
+def _check_schedule(schedule: Schedule, evaluate: Evaluate, data: Data) -> Iterator[Conflict]:
+    if schedule.max_steps and schedule.warmup_steps and schedule.warmup_steps >= schedule.max_steps:
+        yield "schedule.warmup_steps", f"{schedule.warmup_steps} warm-up steps, and the run has {schedule.max_steps}", "make it smaller"
+    if data.eval and data.eval_fraction:
+        yield "data.eval_fraction", "a held-out set is named by data.eval already", "drop one of the two"
+    held_out = bool(data.eval or data.eval_fraction)
+    if not held_out and (evaluate.early_stopping or evaluate.keep_best is True or evaluate.every_steps):
+        key = "early_stopping" if evaluate.early_stopping else "keep_best" if evaluate.keep_best is True else "every_steps"
+        yield f"evaluate.{key}", "needs a held-out set", "set data.eval or data.eval_fraction"
+    if evaluate.early_stopping and not evaluate.every_steps:
+        yield "evaluate.early_stopping", "needs evaluations during the run", "set evaluate.every_steps"
+
+
+def _check_batch(batch: Batch) -> Iterator[Conflict]:
+    micro = batch.micro_batch_size
+    if micro != "auto" and batch.global_batch_size % micro:
+        yield (
+            "batch.micro_batch_size",
+            f"{micro} does not divide batch.global_batch_size {batch.global_batch_size}",
+            "global_batch_size = micro_batch_size × gradient_accumulation_steps × ranks",
+        )
+
+
+_CHECKS: tuple[Callable[..., Iterator[Conflict]], ...] = (_check_method, _check_parallel, _check_schedule, _check_batch)
+
+
+def make_json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors."""
+    schema = Recipe.model_json_schema()
+    schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
+    schema["properties"]["extends"] = {"type": "string", "description": "Another recipe that this one is laid over."}
+    return schema

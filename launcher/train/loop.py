@@ -1,0 +1,71 @@
+"""The training loop: one function, in the order things happen. It is handed what it needs, so it runs
+under Ray, under torchrun and in a test without either.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.errors import NotFinite, Stopped
+from launcher.run import Event
+from launcher.train.data import StepBatch
+from launcher.train.loss import sum_token_loss
+from launcher.train.optim import read_grad_norm, set_lr
+from launcher.train.state import TrainState
+
+
+def train(
+    engine: Any,
+    steps: Iterable[StepBatch],
+    state: TrainState,
+    *,
+    total_steps: int,
+    samples_per_epoch: int,
+    lr_at: Callable[[int], float],
+    evaluate: Callable[[TrainState], TrainState],
+    is_over: Callable[[TrainState], bool],
+    report: Callable[[Event], None],
+    stop_asked: Callable[[], bool],
+) -> TrainState:
+    """Take the optimizer steps of `steps`; returns the state after the last.
+
+    The loss of a step is the mean over all its target tokens, on whichever rank and micro-step they are.
+    Raises NotFinite when that mean is no number, Stopped when any rank was asked to stop.
+    """
+    ranks, micro_steps = dist.get_world_size(), engine.gradient_accumulation_steps()
+    for batch in steps:
+        began = time.perf_counter()
+        lr = lr_at(state.step)
+        set_lr(engine, lr)
+        # DeepSpeed divides by micro-steps and averages over ranks; undone here, so that each token weighs the same.
+        weight = ranks * micro_steps / batch.num_targets
+        totals = torch.zeros(2, dtype=torch.float64, device=engine.device)
+        for micro_batch in batch.micro_batches:
+            loss_sum = sum_token_loss(engine, {name: tensor.to(engine.device) for name, tensor in micro_batch.items()})
+            engine.backward(loss_sum * weight)
+            engine.step()
+            totals[0] += loss_sum.detach()
+        totals[1] += stop_asked()
+        dist.all_reduce(totals)
+        loss = totals[0].item() / batch.num_targets
+        state = state.after_step(len(batch.sample_ids), batch.num_tokens)
+        if not math.isfinite(loss):
+            raise NotFinite(f"the loss is {loss} at step {state.step}; samples {batch.sample_ids[:8].tolist()} were in it",
+                            "lower optim.lr, lengthen the warm-up, or train in bf16 or fp32")  # fmt: skip
+        seconds = time.perf_counter() - began
+        report({"event": "step", "step": state.step, "total_steps": total_steps, "epoch": state.samples_seen / samples_per_epoch,
+                "loss": loss, "lr": lr, "grad_norm": read_grad_norm(engine), "tokens_per_s": batch.num_tokens / seconds,
+                "samples_seen": state.samples_seen, "tokens_seen": state.tokens_seen, "step_s": seconds})  # fmt: skip
+        if totals[1] > 0:
+            raise Stopped(f"stopped on request after step {state.step} of {total_steps}")
+        state = evaluate(state)
+        if is_over(state):
+            report({"event": "early_stop", "step": state.step, "best_step": state.best_step, "best_loss": state.best_loss})
+            break
+    return state

@@ -1,0 +1,155 @@
+"""From a plan to the model that is trained: its tokenizer, its weights, the method laid on them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher.errors import ModelError
+from launcher.plan import Plan
+from launcher.plan.source import ModelSource, locate_model
+from launcher.recipe import QLora
+from launcher.run import cache_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def load_tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
+    """The model's tokenizer, with a padding token."""
+    from transformers import AutoTokenizer
+
+    source = locate_model(plan.recipe.model.name_or_path, plan.base_dir)
+    where: dict[str, Any] = {"gguf_file": Path(source.path).name} if source.kind == "gguf" else {"revision": plan.recipe.model.revision}
+    folder = str(source.folder) if source.kind != "hub" else source.path
+    if source.kind == "gguf" and (converted := _converted_folder(source)).is_dir():
+        folder, where = str(converted), {}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=plan.recipe.model.trust_remote_code, **where)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"no tokenizer in {folder}: {_first_line(error)}", "put tokenizer.json and tokenizer_config.json beside the weights") from None
+    if not tokenizer.is_fast:
+        raise ModelError(f"the tokenizer of {folder} is a slow one, without offsets", "convert it to tokenizer.json (transformers: convert_slow_tokenizer)")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def prepare_weights(plan: Plan) -> None:
+    """Do what one process a node must do before the others load: turn a GGUF file into safetensors, once."""
+    source = locate_model(plan.recipe.model.name_or_path, plan.base_dir)
+    if source.kind == "gguf" and not _converted_folder(source).is_dir():
+        _convert_gguf(source)
+
+
+def _converted_folder(source: ModelSource) -> Path:
+    digest = hashlib.sha256()
+    with open(source.path, "rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return cache_dir() / "models" / f"{Path(source.path).stem}-{digest.hexdigest()[:16]}"
+
+
+def _convert_gguf(source: ModelSource) -> None:
+    """Dequantise a GGUF file to bf16 safetensors in the cache: in one move, so that half of it is never seen.
+
+    Loaded from there it is a model as any other: bitsandbytes can quantise it, ZeRO-3 can shard it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder = _converted_folder(source)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".unfinished-"))
+    try:
+        name = Path(source.path).name
+        AutoTokenizer.from_pretrained(source.folder, gguf_file=name).save_pretrained(unfinished)
+        model = AutoModelForCausalLM.from_pretrained(
+            source.folder, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+        )
+        model.save_pretrained(unfinished)
+        if not folder.is_dir():
+            unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def weights_path(plan: Plan) -> str:
+    """What from_pretrained is given: a folder or a hub id."""
+    source = locate_model(plan.recipe.model.name_or_path, plan.base_dir)
+    return str(_converted_folder(source)) if source.kind == "gguf" else source.path
+
+
+def load_base(plan: Plan, device: str) -> PreTrainedModel:
+    """The base model on a device, in the plan's dtype, quantised where the method says so.
+
+    Raises ModelError where the folder's weights do not fill the model: a fresh random layer is never trained on unsaid.
+    """
+    from transformers import AutoModelForCausalLM
+
+    recipe, layout = plan.recipe, plan.layout
+    dtype = TORCH_DTYPE[layout.dtype]
+    options: dict[str, Any] = {
+        "dtype": dtype,
+        "attn_implementation": layout.attn_implementation,
+        "trust_remote_code": recipe.model.trust_remote_code,
+        "revision": recipe.model.revision,
+        "use_safetensors": True,
+    }
+    if isinstance(recipe.method, QLora):
+        options["quantization_config"] = _quantization(recipe.method, dtype)
+    if not layout.zero_init:
+        options["device_map"] = {"": device}
+    try:
+        with _zero_init(plan):
+            model, loading = AutoModelForCausalLM.from_pretrained(weights_path(plan), output_loading_info=True, **options)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{recipe.model.name_or_path} does not load: {_first_line(error)}", "check the folder, the revision and model.trust_remote_code") from error
+    if loading["missing_keys"]:
+        missing = sorted(loading["missing_keys"])
+        raise ModelError(f"{recipe.model.name_or_path} lacks {len(missing)} weights of its architecture, {missing[0]} among them", "the download is incomplete, or it is not a language model")
+    model.config.use_cache = False
+    return model  # type: ignore[no-any-return]
+
+
+def _quantization(method: QLora, dtype: torch.dtype) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if method.bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    # Stored in the dtype of the other weights: ZeRO-3 shards and gathers them together (peft#1550).
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=method.quant_type,
+        bnb_4bit_use_double_quant=method.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,
+    )
+
+
+@contextmanager
+def _zero_init(plan: Plan) -> Iterator[None]:
+    """Inside, transformers builds a ZeRO-3 model sharded from the first weight on, where the plan says so."""
+    if not plan.layout.zero_init:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    keep = HfDeepSpeedConfig(dict(plan.deepspeed))  # transformers holds it by a weak reference
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del keep
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

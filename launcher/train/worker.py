@@ -1,0 +1,255 @@
+"""One rank of a run, from plan.json to the exported model. Under torchrun:
+
+    torchrun --nproc-per-node 2 -m launcher.train.worker RUN/plan.json
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.errors import DataError
+from launcher.plan import Plan, load_plan
+from launcher.run import Event, RunFolder, cache_dir
+from launcher.train import best
+from launcher.train.data import Samples, load_samples, open_eval_batches, open_steps
+from launcher.train.evaluate import answer_prompts, measure_loss
+from launcher.train.export import export_model
+from launcher.train.foreign import naming_foreign_errors
+from launcher.train.loop import train
+from launcher.train.methods import apply_method
+from launcher.train.metrics import open_report
+from launcher.train.model import load_base, load_tokenizer, prepare_weights
+from launcher.train.optim import build_optimizer, make_lr_schedule, make_param_groups
+from launcher.train.report import write_model_card, write_report
+from launcher.train.state import TrainState
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+GROUP_TIMEOUT = timedelta(minutes=30)
+"""How long a rank waits for another: tokenising or loading a large model may take rank 0 that long."""
+
+Show = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rank:
+    """Which worker this is. `store` is where the group meets; without one, torchrun's environment says."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    store: dist.Store | None = None
+
+
+def run_rank(plan: Plan, me: Rank, *, show: Show, stop_asked: Callable[[], bool]) -> None:
+    """Do a rank's whole part of the run. Raises LauncherError for all that can go wrong.
+
+    `show` is given each event on rank 0; `stop_asked` is read once a step on every rank.
+    """
+    with naming_foreign_errors(me.rank), _process_group(plan, me):
+        folder = RunFolder(Path(plan.run_dir))
+        report, close_report = open_report(plan, folder, me.rank, show)
+        try:
+            _fine_tune(plan, me, folder, report, stop_asked)
+        finally:
+            close_report()
+        if me.rank == 0:
+            write_report(folder, plan)
+            write_model_card(folder, plan)
+        dist.barrier()
+
+
+def _fine_tune(plan: Plan, me: Rank, folder: RunFolder, report: Show, stop_asked: Callable[[], bool]) -> None:
+    recipe, batch = plan.recipe, plan.batch
+    began = time.perf_counter()
+    with _first_on_node(me):
+        prepare_weights(plan)
+        tokenizer = load_tokenizer(plan)
+        report({"event": "phase", "name": "reading data"})
+        train_set, eval_set = _load_data(plan, tokenizer)
+    total_samples = math.ceil(recipe.schedule.epochs * len(train_set))
+    total_steps = math.ceil(total_samples / batch.global_batch_size)
+    if recipe.schedule.max_steps and recipe.schedule.max_steps < total_steps:
+        total_steps = recipe.schedule.max_steps
+        total_samples = total_steps * batch.global_batch_size
+    for split, samples in (("train", train_set), ("eval", eval_set)):
+        if samples is not None:
+            report({"event": "data", "split": split, **samples.stats(), "source_hashes": samples.source_hashes})
+    report({"event": "phase", "name": "loading model"})
+    engine = build_engine(plan, me)
+    start = best.copy_trained(engine) if recipe.method.kind == "lora" and recipe.method.init == "pissa" else {}
+    held = _Held(plan, engine, tokenizer, eval_set, report)
+    report({"event": "start", "total_steps": total_steps, "world_size": me.world_size, "num_params": plan.num_params,
+            "trainable_params": plan.trainable_params, "setup_s": time.perf_counter() - began})  # fmt: skip
+    held.measure(0, "before")
+    held.sample("before")
+
+    training = time.perf_counter()
+    steps = open_steps(train_set, global_batch_size=batch.global_batch_size, micro_batch_size=batch.micro_batch_size, rank=me.rank,
+                       world_size=me.world_size, seed=recipe.seed, total_samples=total_samples)  # fmt: skip
+    state = train(
+        engine,
+        steps,
+        TrainState(),
+        total_steps=total_steps,
+        samples_per_epoch=len(train_set),
+        lr_at=make_lr_schedule(recipe.schedule, recipe.optim.lr, total_steps),
+        evaluate=held.after_step,
+        is_over=held.is_over,
+        report=report,
+        stop_asked=stop_asked,
+    )
+    train_s = time.perf_counter() - training
+    held.restore_best(state)
+    held.measure(state.step, "after")
+    held.sample("after")
+    report({"event": "phase", "name": "saving"})
+    export_model(engine, plan, tokenizer, folder.model, start)
+    report({"event": "saved", "path": str(folder.model)})
+    report({"event": "end", "steps": state.step, "train_s": train_s, "wall_s": time.perf_counter() - began})
+
+
+def _load_data(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> tuple[Samples, Samples | None]:
+    data, where = plan.recipe.data, {"base_dir": plan.base_dir, "seed": plan.recipe.seed, "cache_dir": cache_dir()}
+    train_set = load_samples(data, "train", tokenizer, **where)
+    held_out = bool(data.eval or data.eval_fraction)
+    return train_set, load_samples(data, "eval", tokenizer, **where) if held_out else None
+
+
+def build_engine(plan: Plan, me: Rank) -> Any:
+    """The DeepSpeed engine around the model, on this rank's device."""
+    import deepspeed
+
+    device = f"cuda:{torch.cuda.current_device()}" if plan.layout.accelerator == "cuda" else "cpu"
+    model = apply_method(load_base(plan, device), plan)
+    # Dropout differs between ranks, and not between runs.
+    torch.manual_seed(plan.recipe.seed * 100_003 + me.rank)
+    optimizer = build_optimizer(make_param_groups(model, plan.recipe.optim.weight_decay), plan.recipe.optim)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(plan.deepspeed), dist_init_required=False)
+    engine.train()
+    return engine
+
+
+class _Held:
+    """The held-out set and the sampled prompts of a run, measured when it is time."""
+
+    def __init__(self, plan: Plan, engine: Any, tokenizer: PreTrainedTokenizerFast, samples: Samples | None, report: Show) -> None:
+        self.plan, self.engine, self.tokenizer, self.samples, self.report = plan, engine, tokenizer, samples, report
+        wanted = plan.recipe.evaluate
+        self.stopping = wanted.early_stopping
+        self.keep_best = wanted.early_stopping is not None if wanted.keep_best == "auto" else wanted.keep_best
+        self.best_weights: dict[str, torch.Tensor] = {}
+
+    def measure(self, step: int, when: str) -> float:
+        if self.samples is None:
+            return math.nan
+        wanted, batch = self.plan.recipe.evaluate.micro_batch_size, self.plan.batch
+        batches = open_eval_batches(
+            self.samples,
+            micro_batch_size=batch.micro_batch_size if wanted == "auto" else wanted,
+            rank=dist.get_rank(),
+            world_size=dist.get_world_size(),
+        )
+        self.report({"event": "phase", "name": "measuring held-out loss"})
+        loss, tokens = measure_loss(self.engine, batches)
+        self.report({"event": "eval", "step": step, "loss": loss, "perplexity": math.exp(min(loss, 700.0)), "when": when, "tokens": tokens})
+        return loss
+
+    def sample(self, when: str) -> None:
+        wanted = self.plan.recipe.evaluate
+        if not wanted.samples:
+            return
+        self.report({"event": "phase", "name": "answering sample prompts"})
+        answers = answer_prompts(self.engine, self.tokenizer, wanted.samples, max_new_tokens=wanted.max_new_tokens, sharded=self.plan.layout.zero_stage == 3)
+        pairs = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(wanted.samples, answers, strict=True)]
+        self.report({"event": "samples", "when": when, "answers": pairs})
+
+    def after_step(self, state: TrainState) -> TrainState:
+        every = self.plan.recipe.evaluate.every_steps
+        if every is None or state.step % every:
+            return state
+        state = state.after_evaluation(self.measure(state.step, "during"), self.stopping.min_delta if self.stopping else 0.0)
+        if self.keep_best and state.best_step == state.step:
+            self.best_weights = best.copy_trained(self.engine)
+        return state
+
+    def is_over(self, state: TrainState) -> bool:
+        return self.stopping is not None and state.evaluations_since_best >= self.stopping.patience
+
+    def restore_best(self, state: TrainState) -> None:
+        if self.best_weights and state.best_step != state.step:
+            best.restore_trained(self.engine, self.best_weights)
+            self.report({"event": "note", "text": f"back to the weights of step {state.best_step}, the best evaluation"})
+
+
+@contextmanager
+def _process_group(plan: Plan, me: Rank) -> Iterator[None]:
+    """Inside, the ranks are one group, and DeepSpeed knows of it; outside, it is gone."""
+    if plan.layout.accelerator == "cuda":
+        torch.cuda.set_device(me.local_rank % torch.cuda.device_count())
+    else:
+        torch.set_num_threads(plan.layout.threads_per_worker)
+    if me.store is None:
+        dist.init_process_group(plan.layout.backend, timeout=GROUP_TIMEOUT)
+    else:
+        dist.init_process_group(plan.layout.backend, store=me.store, rank=me.rank, world_size=me.world_size, timeout=GROUP_TIMEOUT)
+    try:
+        _introduce_deepspeed(plan)
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _introduce_deepspeed(plan: Plan) -> None:
+    import deepspeed
+
+    # DeepSpeed compiles this CPU op on first use, with a lock that outlives a killed process; only its
+    # inference uses it. Its table of ops is meant to be edited (deepspeed 0.19.8, ops/__init__.py).
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend=plan.layout.backend, auto_mpi_discovery=False, verbose=False)
+
+
+@contextmanager
+def _first_on_node(me: Rank) -> Iterator[None]:
+    """Lets local rank 0 go first: what it leaves in the cache, the others find."""
+    if me.local_rank != 0:
+        dist.barrier()
+    yield
+    if me.local_rank == 0:
+        dist.barrier()
+
+
+def main() -> None:
+    """Entry of `torchrun -m launcher.train.worker PLAN.json`: a run without Ray."""
+    from launcher.progress import make_display
+
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: torchrun -m launcher.train.worker RUN/plan.json")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    plan = load_plan(Path(sys.argv[1]))
+    me = Rank(rank=int(os.environ["RANK"]), local_rank=int(os.environ["LOCAL_RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    if me.world_size != plan.layout.world_size:
+        raise DataError(f"torchrun started {me.world_size} ranks, and the plan is for {plan.layout.world_size}", "make the plan again with --workers")
+    display = make_display()
+    try:
+        run_rank(plan, me, show=display.show, stop_asked=lambda: False)
+    finally:
+        display.close()
+
+
+if __name__ == "__main__":
+    main()
