@@ -20,12 +20,13 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from launcher import __version__
-from launcher.errors import BudgetError, ClusterError, Interrupted, LauncherError
+from launcher.errors import BudgetError, ClusterError, DataError, Interrupted, LauncherError
 
 if TYPE_CHECKING:
     from launcher.cluster import Cluster
     from launcher.plan import Plan
     from launcher.run import RunFolder
+    from launcher.train.generate import Chat
 
 GROUP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
@@ -89,7 +90,11 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help=r"Fine-tune a language model from a YAML recipe: lepton-launch RECIPE \[section.key=value ...]",
 )
-recipes_app = typer.Typer(help="List, show and copy the recipes that ship, or print the JSON Schema for editors.", no_args_is_help=False, invoke_without_command=True)
+recipes_app = typer.Typer(
+    help="List, show and copy the recipes that ship, or print the JSON Schema for editors.",
+    no_args_is_help=False,
+    invoke_without_command=True,
+)
 app.add_typer(recipes_app, name="recipes")
 
 
@@ -102,18 +107,23 @@ def main() -> None:
 
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.", show_default=False)]
-OverridesArgument = Annotated[list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Changes to the recipe.", show_default=False)]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Changes to the recipe.", show_default=False)
+]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one in runs/.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout, errors too.")]
 
 
-@app.callback()
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _show_version(asked: bool) -> None:
+    if asked:
         print(f"lepton-launch {__version__}")
         raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)] = False,
+) -> None: ...
 
 
 @app.command()
@@ -163,7 +173,13 @@ def _choose_cluster(file: Path | None, nodes: int | None, workers: int | None, a
                            "drop --accelerator to train on the CPU, or run lepton-launch doctor to see what is here")  # fmt: skip
     if accelerator == "cpu" and cluster.accelerator == "cuda":
         count = workers or min(2, cluster.cpus_per_node)
-        changes |= {"accelerator": "cpu", "device_name": "CPU", "bf16": False, "workers_per_node": count, "device_memory": cluster.host_memory // count}
+        changes |= {
+            "accelerator": "cpu",
+            "device_name": "CPU",
+            "bf16": False,
+            "workers_per_node": count,
+            "device_memory": cluster.host_memory // count,
+        }
     return cluster.model_copy(update=changes)
 
 
@@ -231,6 +247,185 @@ def _run_job(folder: RunFolder, told: TextIO) -> None:
         run_job(load_plan(folder.plan), display.show)
     finally:
         display.close()
+
+
+@app.command()
+def data(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    rows: Annotated[int, typer.Option(min=0, help="How many examples to show.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the examples as the model will see them, the tokens that carry loss marked, and how they fill the packs."""
+    from launcher.gallery import locate_recipe
+    from launcher.train.inspect import inspect_data
+    from launcher.view import print_data
+
+    plan = _make_checked_plan(locate_recipe(recipe), tuple(overrides or ()), _choose_cluster(None, None, None, None))
+    shown = inspect_data(plan, rows)
+    if as_json:
+        _print_json(dataclasses.asdict(shown))
+    else:
+        print_data(shown, sys.stdout)
+
+
+@app.command()
+def generate(
+    run: RunArgument,
+    prompt: Annotated[list[str] | None, typer.Option(help="Answer this and exit; may be given several times.", show_default=False)] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="The longest answer.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    as_json: JsonOption = False,
+) -> None:
+    """Talk to the model of a run; without --prompt a conversation."""
+    from launcher.run import find_run
+
+    if as_json and not prompt:
+        raise typer.BadParameter("--json needs --prompt")
+    folder = find_run(run)
+    from launcher.train.generate import Chat, quiet_libraries
+
+    quiet_libraries()
+    chat = Chat(folder, max_new_tokens=max_new_tokens, temperature=temperature)
+    if not prompt:
+        _converse(chat)
+        return
+    answers = []
+    for text in prompt:
+        chat.reset()
+        answers.append({"prompt": text, "answer": chat.ask(text, stream=not as_json)})
+    if as_json:
+        _print_json(answers)
+
+
+def _converse(chat: Chat) -> None:
+    """Questions from the terminal until /quit or Ctrl-D. Ctrl-C ends an answer, not the conversation."""
+    print("/reset starts over, /quit or Ctrl-D ends.")
+    while True:
+        try:
+            text = input("\n> ").strip()
+        except EOFError:
+            print()
+            return
+        if text == "/quit":
+            return
+        if text == "/reset":
+            chat.reset()
+        elif text:
+            _answer_once(chat, text)
+
+
+def _answer_once(chat: Chat, text: str) -> None:
+    from launcher.view import print_error
+
+    try:
+        chat.ask(text, stream=True)
+    except KeyboardInterrupt:
+        print(" ...")
+    except DataError as error:
+        print_error(error, sys.stdout)
+
+
+@app.command()
+def export(
+    run: RunArgument,
+    merge: Annotated[bool, typer.Option("--merge", help="Melt the adapter into its base: a plain transformers folder.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Where to write it; RUN/merged unless told.", show_default=False)] = None,
+    dtype: Annotated[
+        Literal["fp32", "bf16", "fp16"] | None, typer.Option(help="What to write weights in; the run's dtype unless told.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Say where a run's model is, or with --merge write it as one folder that needs no adapter."""
+    from launcher.run import find_run
+    from launcher.view import show_path
+
+    folder = find_run(run)
+    if not merge:
+        if output or dtype:
+            raise typer.BadParameter("--output and --dtype go with --merge")
+        from launcher.train.generate import check_finished
+
+        check_finished(folder)
+        card = folder.model / "README.md"
+        _print_json({"model": str(folder.model)}) if as_json else print(f"{show_path(folder.model)}\n{show_path(card)} says how to load it")
+        return
+    from launcher.train.generate import quiet_libraries
+    from launcher.train.merge import merge_run
+
+    quiet_libraries()
+    merged = merge_run(folder, output or folder.path / "merged", dtype)
+    usage = f'AutoModelForCausalLM.from_pretrained("{show_path(merged)}") loads it'
+    _print_json({"model": str(merged)}) if as_json else print(f"{show_path(merged)}\n{usage}")
+
+
+@recipes_app.callback()
+def recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        recipes_list()
+
+
+@recipes_app.command("list")
+def recipes_list(as_json: JsonOption = False) -> None:
+    """Name and first line of each recipe."""
+    from launcher.gallery import list_recipes
+
+    found = list_recipes()
+    if as_json:
+        _print_json(found)
+        return
+    width = max(map(len, found), default=0)
+    for name, headline in found.items():
+        print(f"{name:<{width}}  {headline}")
+
+
+@recipes_app.command("show")
+def recipes_show(name: str) -> None:
+    """Print a recipe."""
+    from launcher.gallery import find_recipe
+
+    print(find_recipe(name).read_text(encoding="utf-8"), end="")
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: str,
+    destination: Annotated[
+        Path, typer.Argument(metavar="[DEST]", help="A folder, or a .yaml file to call the copy.", show_default=False)
+    ] = Path("."),
+) -> None:
+    """Copy a recipe with the data it names, to change it and run it."""
+    from launcher.gallery import copy_recipe
+    from launcher.view import show_path
+
+    copies = copy_recipe(name, destination)
+    for path in copies:
+        print(show_path(path.absolute()))
+    print(f"run it: lepton-launch {show_path(copies[0].absolute())}")
+
+
+@recipes_app.command("schema")
+def recipes_schema() -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from launcher.recipe import make_json_schema
+
+    _print_json(make_json_schema())
+
+
+@app.command()
+def doctor(as_json: JsonOption = False) -> None:
+    """Look at versions, devices, memory, disks and networks, and say what works here and what does not."""
+    from launcher.doctor import examine, list_abilities
+    from launcher.view import print_findings
+
+    findings, abilities = examine(), list_abilities()
+    broken = [finding.name for finding in findings if finding.health == "broken"]
+    if as_json:
+        facts = {"findings": [dataclasses.asdict(f) for f in findings], "abilities": [dataclasses.asdict(a) for a in abilities]}
+        _print_json({"ok": not broken} | facts)
+    else:
+        print_findings(findings, abilities, sys.stdout)
+    raise typer.Exit(1 if broken else 0)
 
 
 if __name__ == "__main__":

@@ -114,7 +114,9 @@ class LiveDisplay:
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, description=name)
             return
-        self._progress = Progress(SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=self._console, transient=True)
+        self._progress = Progress(
+            SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn(), console=self._console, transient=True
+        )
         self._task = self._progress.add_task(name, total=None)
         self._progress.start()
 
@@ -194,9 +196,13 @@ _DESCRIBE: dict[str, Callable[[Event], str]] = {
     "data": _describe_data,
     "start": _describe_start,
     "eval": _describe_eval,
-    "samples": lambda event: f"answered the {len(event['answers'])} prompts of evaluate.samples, {event['when']} training" if event["answers"] else "",
+    "samples": lambda event: (
+        f"answered the {len(event['answers'])} prompts of evaluate.samples, {event['when']} training" if event["answers"] else ""
+    ),
     "step": _describe_step,
-    "early_stop": lambda event: f"stopped early at step {event['step']}: best held-out loss {format_loss(event['best_loss'])} at step {event['best_step']}",
+    "early_stop": lambda event: (
+        f"stopped early at step {event['step']}: best held-out loss {format_loss(event['best_loss'])} at step {event['best_step']}"
+    ),
     "saved": lambda event: f"saved {event['path']}",
     "end": lambda event: f"trained {event['steps']} steps in {format_duration(event['train_s'])}",
     "note": lambda event: str(event["text"]),

@@ -10,10 +10,14 @@ from launcher.run import Event, RunFolder
 from launcher.units import format_bytes, format_count, format_duration
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from rich.console import Console
 
+    from launcher.doctor import Ability, Finding
     from launcher.errors import LauncherError
     from launcher.plan import Plan
+    from launcher.train.inspect import Bin, ShownData
 
 PIPE_WIDTH = 120
 
@@ -144,3 +148,76 @@ def _samples_table(summary: Summary) -> Any:
     for row in summary.samples:
         table.add_row(*(Text(cell.strip()) for cell in row))
     return table
+
+
+def print_data(data: ShownData, stream: TextIO) -> None:
+    """Examples with the tokens that carry loss in green (in ⟦ ⟧ in a pipe), then each split in numbers."""
+    from rich.text import Text
+
+    console = make_console(stream)
+    marks = "in green" if console.is_terminal else "in ⟦ ⟧"
+    if data.examples:
+        console.print(f"the first {len(data.examples)} training examples, what carries loss {marks}:", style="bold")
+    for number, example in enumerate(data.examples, start=1):
+        console.print(f"\n── {number}: {example.tokens} tokens, {example.target_tokens} with loss", style="dim", markup=False)
+        text = Text()
+        for part in example.parts:
+            text.append(f"⟦{part.text}⟧" if part.loss and not console.is_terminal else part.text, style="bold green" if part.loss else "")
+        console.print(text, soft_wrap=True)
+    console.print()
+    console.print(_splits_table(data))
+    for split in data.splits:
+        console.print(f"\nlengths in {split.split}, in tokens", style="bold", markup=False)
+        for line in draw_histogram(split.histogram):
+            console.print(line, markup=False)
+
+
+def _splits_table(data: ShownData) -> Any:
+    from rich.table import Table
+
+    table = Table()
+    table.add_column("")
+    for split in data.splits:
+        table.add_column(split.split, justify="right")
+    rows: list[tuple[str, Callable[[dict[str, int | float]], str]]] = [
+        ("examples", lambda stats: f"{stats['examples']:,}"),
+        ("tokens", lambda stats: f"{stats['tokens']:,}"),
+        ("with loss", lambda stats: f"{stats['target_tokens']:,} ({stats['target_tokens'] / stats['tokens']:.0%})"),
+        ("length: mean, median, longest", lambda stats: f"{stats['mean_length']:g}, {stats['p50_length']}, {stats['max_length']}"),
+        (f"sequences of {data.seq_len}" + ("" if data.packing else ", one example each"), lambda stats: f"{stats['samples']:,}"),
+        ("filled", lambda stats: f"{stats['fill']:.1%}"),
+        ("dropped, truncated (too long)", lambda stats: f"{stats['dropped']}, {stats['truncated']}"),
+    ]
+    for label, cell in rows:
+        table.add_row(label, *(cell(split.stats) for split in data.splits))
+    return table
+
+
+def draw_histogram(bins: list[Bin], width: int = 40) -> list[str]:
+    """A bar a bin: "  12-24  ██████ 31"."""
+    most, digits = max(bin.count for bin in bins), len(str(bins[-1].longest))
+    return [f"  {bin.shortest:>{digits}}-{bin.longest:<{digits}}  {'█' * -(-bin.count * width // most)} {bin.count}" for bin in bins]
+
+
+def print_findings(findings: list[Finding], abilities: list[Ability], stream: TextIO) -> None:
+    """A line a finding with its remedy below, then what works here."""
+    from rich.text import Text
+
+    console = make_console(stream)
+    signs = {"ok": ("ok", "green"), "note": ("note", "cyan"), "warning": ("warning", "yellow"), "broken": ("BROKEN", "bold red")}
+    width = max(len(finding.name) for finding in findings)
+    for finding in findings:
+        sign, style = signs[finding.health]
+        console.print(Text.assemble((f"{sign:<8}", style), f"{finding.name:<{width}}  {finding.found}"), soft_wrap=True)
+        if finding.remedy:
+            console.print(Text.assemble(" " * (8 + width + 2), ("→ ", "bold green"), finding.remedy), soft_wrap=True)
+    console.print("\nwhat works here", style="bold")
+    width = max(len(ability.what) for ability in abilities)
+    for ability in abilities:
+        console.print(
+            Text.assemble(("yes     ", "green") if ability.works else ("no      ", "yellow"), f"{ability.what:<{width}}  {ability.why}"),
+            soft_wrap=True,
+        )
+    counts = [(sum(finding.health == health for finding in findings), health) for health in ("broken", "warning")]
+    told = ", ".join(f"{count} {health}{'s' if health == 'warning' and count > 1 else ''}" for count, health in counts if count)
+    console.print(f"\n{told or 'all that a run needs is here'}", style="bold", markup=False)

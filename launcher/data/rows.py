@@ -128,7 +128,7 @@ def _read_jsonl(path: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line.rstrip("\r\n"))
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{number} is not JSON: {error.msg} (column {error.colno})", "one JSON object a line") from None
         yield _check_object(value, f"{path}:{number}")
@@ -159,14 +159,15 @@ def _json_kind(value: Any) -> str:
     return {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}.get(type(value), "a number")
 
 
+class _Tsv(csv.excel_tab):
+    quoting = csv.QUOTE_NONE
+
+
 def _read_csv(path: Path, delimiter: str, headless: bool) -> Iterator[Row]:
     """Rows of named columns, or columns "0", "1", ... where the file has no header."""
     csv.field_size_limit(_LONGEST_FIELD)
     lines = (line for _, line in _open_lines(path))
-    if delimiter == "\t":
-        reader = csv.reader(lines, delimiter="\t", quoting=csv.QUOTE_NONE, strict=True)
-    else:
-        reader = csv.reader(lines, strict=True)
+    reader = csv.reader(lines, _Tsv if delimiter == "\t" else csv.excel, strict=True)
     header: list[str] | None = None
     line = 1
     try:

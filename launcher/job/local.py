@@ -42,6 +42,9 @@ def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
     except LauncherError as error:
         write_status(folder, "failed", error=type(error).__name__, message=error.message, remedy=error.remedy, exit_code=error.exit_code)
         raise
+    except BaseException as error:
+        write_status(folder, "failed", error=type(error).__name__, message=str(error), remedy="", exit_code=1)
+        raise
     write_status(folder, "finished")
 
 
@@ -74,7 +77,8 @@ def _own_ray(plan: Plan) -> Iterator[Any]:
 
 def _drive(ray: Any, plan: Plan, show: Callable[[Event], None]) -> None:
     """Start a worker a rank, hand over the plan, pass events on until all are done or one fails."""
-    workers = [ray.remote(Worker).options(**worker_options(plan)).remote(plan.run_dir, rank) for rank in range(plan.layout.world_size)]
+    actor = ray.remote(**worker_options(plan))(Worker)
+    workers = [actor.remote(plan.run_dir, rank) for rank in range(plan.layout.world_size)]
     try:
         address = ray.get(workers[0].open_store.remote(plan.layout.world_size), timeout=START_TIMEOUT_S)
         plan_path = str(Path(plan.run_dir) / PLAN_FILE)

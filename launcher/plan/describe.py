@@ -9,13 +9,24 @@ from launcher.units import format_bytes, format_count
 def describe_plan(plan: Plan) -> list[tuple[str, str]]:
     """The plan in words: a label and what it says, one pair a line."""
     recipe, layout, batch = plan.recipe, plan.layout, plan.batch
-    ranks = f"{layout.nodes} × {layout.workers_per_node} workers" if layout.nodes > 1 else f"{layout.workers_per_node} worker{'s' if layout.workers_per_node > 1 else ''}"
+    ranks = (
+        f"{layout.nodes} × {layout.workers_per_node} workers"
+        if layout.nodes > 1
+        else f"{layout.workers_per_node} worker{'s' if layout.workers_per_node > 1 else ''}"
+    )
     device = plan.cluster.device_name or layout.accelerator.upper()
-    steps = f"{recipe.schedule.max_steps} steps" if recipe.schedule.max_steps else f"{recipe.schedule.epochs:g} epoch{'s' if recipe.schedule.epochs != 1 else ''}"
+    steps = (
+        f"{recipe.schedule.max_steps} steps"
+        if recipe.schedule.max_steps
+        else f"{recipe.schedule.epochs:g} epoch{'s' if recipe.schedule.epochs != 1 else ''}"
+    )
     offload = [name for name, on in (("optimizer", layout.offload_optimizer), ("weights", layout.offload_param)) if on]
     lines = [
         ("model", f"{recipe.model.name_or_path} ({plan.shape.model_type}, {format_count(plan.shape.num_params)} parameters)"),
-        ("method", f"{_describe_method(plan)}: {format_count(plan.trainable_params)} parameters trained ({plan.trainable_params / plan.num_params:.2%})"),
+        (
+            "method",
+            f"{_describe_method(plan)}: {format_count(plan.trainable_params)} parameters trained ({plan.trainable_params / plan.num_params:.2%})",
+        ),
         ("data", _describe_data(plan)),
         (
             "batch",
@@ -23,7 +34,10 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
             + f" × ranks {batch.data_parallel_size}; at most {format_count(batch.global_batch_size * batch.seq_len)} tokens",
         ),
         ("optimizer", f"{recipe.optim.name}, {recipe.schedule.kind} from {recipe.optim.lr:g}, {steps}"),
-        ("devices", f"{ranks} on {device} ({layout.backend}, {layout.threads_per_worker} core{'s' if layout.threads_per_worker > 1 else ''} each)"),
+        (
+            "devices",
+            f"{ranks} on {device} ({layout.backend}, {layout.threads_per_worker} core{'s' if layout.threads_per_worker > 1 else ''} each)",
+        ),
         (
             "compute",
             f"ZeRO-{layout.zero_stage}, {layout.dtype}, {layout.attn_implementation} attention"
@@ -47,7 +61,9 @@ def _describe_method(plan: Plan) -> str:
     adapter = f"r {facts['r']}, alpha {facts['alpha']:g}, {targets if isinstance(targets, str) else ', '.join(targets)}{''.join(f', {v}' for v in variants)}"
     if method.kind == "lora":
         return f"LoRA ({adapter})"
-    base = "8-bit base" if facts["bits"] == 8 else f"4-bit {facts['quant_type']} base{', double quantised' if facts['double_quant'] else ''}"
+    base = (
+        "8-bit base" if facts["bits"] == 8 else f"4-bit {facts['quant_type']} base{', double quantised' if facts['double_quant'] else ''}"
+    )
     return f"QLoRA ({base}; {adapter})"
 
 

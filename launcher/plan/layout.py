@@ -36,6 +36,11 @@ class Layout:
     def world_size(self) -> int:
         return self.nodes * self.workers_per_node
 
+    @property
+    def packs_flat(self) -> bool:
+        """Flash attention keeps examples apart in one row without padding; other kernels in a padded batch."""
+        return self.attn_implementation == "flash_attention_2"
+
 
 def make_layout(recipe: Recipe, cluster: Cluster) -> tuple[Layout, list[str]]:
     """The layout, and the reason of every choice made for the user. Raises RecipeError."""

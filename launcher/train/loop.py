@@ -16,7 +16,7 @@ from launcher.errors import NotFinite, Stopped
 from launcher.run import Event
 from launcher.train.data import StepBatch
 from launcher.train.loss import sum_token_loss
-from launcher.train.optim import read_grad_norm, set_lr
+from launcher.train.optim import set_lr, take_step
 from launcher.train.state import TrainState
 
 
@@ -49,7 +49,7 @@ def train(
         for micro_batch in batch.micro_batches:
             loss_sum = sum_token_loss(engine, {name: tensor.to(engine.device) for name, tensor in micro_batch.items()})
             engine.backward(loss_sum * weight)
-            engine.step()
+            grad_norm = take_step(engine)
             totals[0] += loss_sum.detach()
         totals[1] += stop_asked()
         dist.all_reduce(totals)
@@ -60,7 +60,7 @@ def train(
                             "lower optim.lr, lengthen the warm-up, or train in bf16 or fp32")  # fmt: skip
         seconds = time.perf_counter() - began
         report({"event": "step", "step": state.step, "total_steps": total_steps, "epoch": state.samples_seen / samples_per_epoch,
-                "loss": loss, "lr": lr, "grad_norm": read_grad_norm(engine), "tokens_per_s": batch.num_tokens / seconds,
+                "loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": batch.num_tokens / seconds,
                 "samples_seen": state.samples_seen, "tokens_seen": state.tokens_seen, "step_s": seconds})  # fmt: skip
         if totals[1] > 0:
             raise Stopped(f"stopped on request after step {state.step} of {total_steps}")

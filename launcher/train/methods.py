@@ -36,7 +36,7 @@ def apply_method(model: PreTrainedModel, plan: Plan) -> torch.nn.Module:
     if not any(parameter.requires_grad for parameter in trained.parameters()):
         raise ModelError(f"method {method.kind} trains none of the model's parameters", f"names look like {next(iter(model.named_parameters()))[0]}")
     if layout.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if layout.leaf_modules:
         _gather_layers_whole(model)
     if layout.liger_kernel:
@@ -53,7 +53,7 @@ def _add_adapters(model: PreTrainedModel, method: Lora | QLora) -> torch.nn.Modu
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=method.r,
-        lora_alpha=method.alpha,  # type: ignore[arg-type]  # PEFT divides it: a float serves
+        lora_alpha=method.alpha,
         lora_dropout=method.dropout,
         target_modules=targets if targets == "all-linear" else list(targets),
         use_rslora=method.rslora,
@@ -61,7 +61,8 @@ def _add_adapters(model: PreTrainedModel, method: Lora | QLora) -> torch.nn.Modu
         init_lora_weights="pissa" if isinstance(method, Lora) and method.init == "pissa" else True,
     )
     try:
-        return get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
+        adapted: torch.nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)
+        return adapted
     except ValueError as error:
         linear = sorted({name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
         raise ModelError(f"method.target_modules: {str(error).splitlines()[0]}", f"this model's linear layers: {', '.join(linear)}") from None

@@ -56,9 +56,11 @@ def _tracked(event: Event) -> dict[str, float]:
 
 
 def _open_tracker(name: str, plan: Plan, folder: RunFolder) -> Any:
+    from accelerate import PartialState
     from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
     from accelerate.utils import is_mlflow_available, is_wandb_available
 
+    PartialState(cpu=plan.layout.accelerator == "cpu")  # accelerate's trackers log through it; it takes over the group there is
     project, run = plan.recipe.track.project, Path(plan.run_dir).name
     if name == "tensorboard":
         tracker: Any = TensorBoardTracker(run, folder.trackers)

@@ -117,7 +117,22 @@ def load_base(plan: Plan, device: str) -> PreTrainedModel:
         missing = sorted(loading["missing_keys"])
         raise ModelError(f"{recipe.model.name_or_path} lacks {len(missing)} weights of its architecture, {missing[0]} among them", "the download is incomplete, or it is not a language model")
     model.config.use_cache = False
+    if isinstance(recipe.method, QLora):
+        _keep_packing(model)
     return model  # type: ignore[no-any-return]
+
+
+def _keep_packing(model: torch.nn.Module) -> None:
+    """Have 4-bit layers leave their weights as they are.
+
+    On a CPU with avx512_bf16, bitsandbytes 0.50.2 repacks them in place at the first evaluation, for inference
+    alone: training goes on with garbage (nn/modules.py, Linear4bit.forward). tests/test_training.py shows it.
+    """
+    import bitsandbytes as bnb
+
+    for module in model.modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            module.support_avx512bf16_for_cpu = False
 
 
 def _quantization(method: QLora, dtype: torch.dtype) -> Any:

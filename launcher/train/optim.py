@@ -28,8 +28,11 @@ def _rank(parameter: torch.nn.Parameter) -> int:
 
 
 def build_optimizer(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.Optimizer:
-    """The optimizer a recipe names. DeepSpeed shards its states (zero_allow_untested_optimizer)."""
-    lr, betas, eps = optim.lr, optim.betas, optim.eps
+    """The optimizer a recipe names, at learning rate 0: the loop sets it each step.
+
+    DeepSpeed shards the states of any of them (zero_allow_untested_optimizer).
+    """
+    lr, betas, eps = 0.0, optim.betas, optim.eps
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
     if optim.name == "sgd":
@@ -72,7 +75,16 @@ def set_lr(engine: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def read_grad_norm(engine: Any) -> float | None:
-    """Global norm of the last step's gradients before clipping; DeepSpeed keeps none for stage 0 in fp32."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+def take_step(engine: Any) -> float | None:
+    """engine.step(); where that ends the accumulation, the global norm of the gradients before clipping.
+
+    DeepSpeed 0.19.8 keeps no norm for stage 0 in fp32: there it is taken from the gradients, already averaged.
+    """
+    if not engine.is_gradient_accumulation_boundary():
+        engine.step()
+        return None
+    norm = None
+    if engine.zero_optimization_stage() == 0:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+    engine.step()
+    return float(norm if norm is not None else engine.get_global_grad_norm())

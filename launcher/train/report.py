@@ -53,7 +53,10 @@ def make_results_table(summary: Summary) -> str:
         return _table((f"held-out set ({summary.after['tokens']:,} tokens with loss)", "before", "after", "change"), rows)
     if summary.first_step and summary.last_step:
         losses = [summary.first_step["loss"], summary.last_step["loss"]]
-        return _table(("training (no held-out set)", "first step", "last step", "change"), [("loss", *map(format_loss, losses), describe_change(*losses))])
+        return _table(
+            ("training (no held-out set)", "first step", "last step", "change"),
+            [("loss", *map(format_loss, losses), describe_change(*losses))],
+        )
     return "No step was taken."
 
 
@@ -90,7 +93,12 @@ def _cost_section(events: list[Event], summary: Summary, plan: Plan) -> str:
     per = "GPU" if plan.layout.accelerator == "cuda" else "worker"
     rows = [("optimizer steps", f"{steps:,}")]
     if summary.train_s:
-        rows.append(("training", f"{format_duration(summary.train_s)} ({summary.train_s / max(1, steps):.2f} s a step, evaluations during it included)"))
+        rows.append(
+            (
+                "training",
+                f"{format_duration(summary.train_s)} ({summary.train_s / max(1, steps):.2f} s a step, evaluations during it included)",
+            )
+        )
     if end.get("wall_s"):
         rows.append(("all of it, loading to saving", format_duration(end["wall_s"])))
     if summary.tokens_per_s:
@@ -127,9 +135,19 @@ def draw_loss(events: Iterable[Event], path: Path) -> bool:
     axes = figure.add_subplot()
     axes.plot(at, losses, color="#9db8d9", linewidth=1, marker="." if len(steps) < 50 else "", label="training, each step")
     if len(steps) > 4:
-        axes.plot(at, smooth(losses, min(SMOOTHING_STEPS, max(2, len(steps) // 20))), color="#1f5fa8", linewidth=2, label="training, smoothed")
+        axes.plot(
+            at, smooth(losses, min(SMOOTHING_STEPS, max(2, len(steps) // 20))), color="#1f5fa8", linewidth=2, label="training, smoothed"
+        )
     if evals:
-        axes.plot([e["step"] for e in evals], [e["loss"] for e in evals], color="#d1495b", marker="o", linewidth=1.2, linestyle="--", label="held-out")
+        axes.plot(
+            [e["step"] for e in evals],
+            [e["loss"] for e in evals],
+            color="#d1495b",
+            marker="o",
+            linewidth=1.2,
+            linestyle="--",
+            label="held-out",
+        )
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats a token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -154,7 +172,9 @@ def write_model_card(folder: RunFolder, plan: Plan) -> None:
     events = list(read_events(folder))
     adapter = isinstance(plan.recipe.method, Lora | QLora)
     base = plan.recipe.model.name_or_path
-    kind = {"full": "a full fine-tune", "freeze": "a partial fine-tune", "lora": "a LoRA adapter", "qlora": "a QLoRA adapter"}[plan.recipe.method.kind]
+    kind = {"full": "a full fine-tune", "freeze": "a partial fine-tune", "lora": "a LoRA adapter", "qlora": "a QLoRA adapter"}[
+        plan.recipe.method.kind
+    ]
     front = [
         "---",
         f"base_model: {_quoted(base)}",
@@ -225,7 +245,10 @@ def _ask(lines: list[str], plan: Plan) -> str:
         ]
     else:
         asked = ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
-    answer = ["output = model.generate(**inputs.to(model.device), max_new_tokens=100)", 'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))']
+    answer = [
+        "output = model.generate(**inputs.to(model.device), max_new_tokens=100)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
     return "\n".join(["```python", *lines, "", *asked, *answer, "```"])
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -52,7 +52,7 @@ class Rank:
     rank: int
     local_rank: int
     world_size: int
-    store: dist.Store | None = None
+    store: Any = None  # torch.distributed.Store
 
 
 def run_rank(plan: Plan, me: Rank, *, show: Show, stop_asked: Callable[[], bool]) -> None:
@@ -100,7 +100,7 @@ def _fine_tune(plan: Plan, me: Rank, folder: RunFolder, report: Show, stop_asked
 
     training = time.perf_counter()
     steps = open_steps(train_set, global_batch_size=batch.global_batch_size, micro_batch_size=batch.micro_batch_size, rank=me.rank,
-                       world_size=me.world_size, seed=recipe.seed, total_samples=total_samples)  # fmt: skip
+                       world_size=me.world_size, seed=recipe.seed, total_samples=total_samples, flat=plan.layout.packs_flat)  # fmt: skip
     state = train(
         engine,
         steps,
@@ -120,14 +120,17 @@ def _fine_tune(plan: Plan, me: Rank, folder: RunFolder, report: Show, stop_asked
     report({"event": "phase", "name": "saving"})
     export_model(engine, plan, tokenizer, folder.model, start)
     report({"event": "saved", "path": str(folder.model)})
+    engine.destroy()
     report({"event": "end", "steps": state.step, "train_s": train_s, "wall_s": time.perf_counter() - began})
 
 
 def _load_data(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> tuple[Samples, Samples | None]:
-    data, where = plan.recipe.data, {"base_dir": plan.base_dir, "seed": plan.recipe.seed, "cache_dir": cache_dir()}
-    train_set = load_samples(data, "train", tokenizer, **where)
-    held_out = bool(data.eval or data.eval_fraction)
-    return train_set, load_samples(data, "eval", tokenizer, **where) if held_out else None
+    data = plan.recipe.data
+
+    def load(split: Literal["train", "eval"]) -> Samples:
+        return load_samples(data, split, tokenizer, base_dir=plan.base_dir, seed=plan.recipe.seed, cache_dir=cache_dir())
+
+    return load("train"), load("eval") if data.eval or data.eval_fraction else None
 
 
 def build_engine(plan: Plan, me: Rank) -> Any:
@@ -140,6 +143,10 @@ def build_engine(plan: Plan, me: Rank) -> Any:
     torch.manual_seed(plan.recipe.seed * 100_003 + me.rank)
     optimizer = build_optimizer(make_param_groups(model, plan.recipe.optim.weight_decay), plan.recipe.optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(plan.deepspeed), dist_init_required=False)
+    if plan.layout.zero_stage == 0:
+        # In bf16, stage 0 takes a step on empty gradients to allocate its states (deepspeed 0.19.8,
+        # runtime/fp16/unfused_optimizer.py); with the learning rate still 0, Adam's counter is all it moved.
+        optimizer.state.clear()
     engine.train()
     return engine
 
@@ -163,6 +170,7 @@ class _Held:
             micro_batch_size=batch.micro_batch_size if wanted == "auto" else wanted,
             rank=dist.get_rank(),
             world_size=dist.get_world_size(),
+            flat=self.plan.layout.packs_flat,
         )
         self.report({"event": "phase", "name": "measuring held-out loss"})
         loss, tokens = measure_loss(self.engine, batches)
@@ -207,11 +215,13 @@ def _process_group(plan: Plan, me: Rank) -> Iterator[None]:
         dist.init_process_group(plan.layout.backend, timeout=GROUP_TIMEOUT)
     else:
         dist.init_process_group(plan.layout.backend, store=me.store, rank=me.rank, world_size=me.world_size, timeout=GROUP_TIMEOUT)
+    import deepspeed
+
     try:
         _introduce_deepspeed(plan)
         yield
     finally:
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()
 
 
 def _introduce_deepspeed(plan: Plan) -> None:

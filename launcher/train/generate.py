@@ -1,0 +1,171 @@
+"""Talk to what a run made: the model as it was trained and evaluated, on whatever this machine has."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from launcher.errors import DataError, ModelError
+from launcher.plan import Plan, load_plan
+from launcher.recipe import Lora, QLora
+from launcher.run import RunFolder
+from launcher.train.model import TORCH_DTYPE, load_base, prepare_weights
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+Message = dict[str, str]
+
+
+def load_trained(folder: RunFolder) -> tuple[Any, PreTrainedTokenizerFast]:
+    """The trained model in eval mode, and its tokenizer. Raises DataError for a run that is not finished."""
+    from transformers import AutoTokenizer
+
+    check_finished(folder)
+    plan, device = fit_to_machine(load_plan(folder.plan))
+    if isinstance(plan.recipe.method, Lora | QLora):
+        prepare_weights(plan)
+        model = attach_adapter(load_base(plan, device), folder)
+    else:
+        model = _load_whole(plan, folder, device)
+    return model.eval(), AutoTokenizer.from_pretrained(folder.model, trust_remote_code=plan.recipe.model.trust_remote_code)
+
+
+def check_finished(folder: RunFolder) -> None:
+    """Raises DataError unless the run came to its end: a model of half a run is never used unsaid."""
+    try:
+        state = json.loads(folder.status.read_text(encoding="utf-8"))["state"]
+    except (OSError, ValueError, KeyError):
+        state = "unknown"
+    if state != "finished":
+        why = {"running": "is still running, or was killed", "failed": "failed", "stopped": "was stopped"}.get(
+            state, "has no readable status.json"
+        )
+        raise DataError(f"the run {folder.path} {why}: there is no finished model in it", f"see {folder.status} and {folder.path / 'logs'}")
+    if not folder.model.is_dir():
+        raise DataError(f"the run {folder.path} is finished, and its folder model/ is gone", "copy it back, or run the recipe again")
+
+
+def fit_to_machine(plan: Plan) -> tuple[Plan, str]:
+    """The plan with what one process on this machine cannot do taken out, and the device to use."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    attention = plan.layout.attn_implementation
+    if device == "cpu" and attention == "flash_attention_2":
+        attention = "sdpa"
+    return dataclasses.replace(plan, layout=dataclasses.replace(plan.layout, zero_init=False, attn_implementation=attention)), device
+
+
+def attach_adapter(base: Any, folder: RunFolder) -> Any:
+    """The base with the run's adapter. Raises ModelError unless every weight of the adapter found its place."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import safe_open
+
+    model = PeftModel.from_pretrained(base, str(folder.model), autocast_adapter_dtype=False)
+    with safe_open(folder.model / "adapter_model.safetensors", framework="pt") as file:
+        saved = set(file.keys())
+    # PEFT itself takes a partial adapter in silence.
+    placed = set(get_peft_model_state_dict(model))
+    if saved != placed:
+        stray = sorted(saved ^ placed)
+        raise ModelError(f"the adapter in {folder.model} does not fit its base: {len(stray)} weights without a counterpart, {stray[0]} among them",
+                         "the base is not the one it was trained on, or the file is damaged")  # fmt: skip
+    return model
+
+
+def _load_whole(plan: Plan, folder: RunFolder, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder.model,
+        dtype=TORCH_DTYPE[plan.layout.dtype],
+        attn_implementation=plan.layout.attn_implementation,
+        trust_remote_code=plan.recipe.model.trust_remote_code,
+        device_map={"": device},
+    )
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    messages: Sequence[Message],
+    *,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    streamer: Any = None,
+) -> str:
+    """The model's next turn. Greedy at temperature 0; `streamer` is given the text as it comes.
+
+    Without a chat template the last message is continued as plain text.
+    Raises DataError where the conversation leaves no room in the model's context.
+    """
+    from transformers import GenerationConfig
+
+    if tokenizer.chat_template:
+        encoded: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        encoded = tokenizer(messages[-1]["content"], return_tensors="pt")
+    ids_BS = encoded["input_ids"].to(model.device)
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and ids_BS.shape[1] + max_new_tokens > positions:
+        raise DataError(f"the conversation is {ids_BS.shape[1]} tokens, and with {max_new_tokens} new ones longer than the model's {positions} positions",
+                        "start over with /reset, or lower --max-new-tokens")  # fmt: skip
+    how: dict[str, Any] = (
+        {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+    )
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=_ends(model, tokenizer), **how
+    )
+    written_BS = model.generate(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=config, streamer=streamer)
+    text: str = tokenizer.decode(written_BS[0, ids_BS.shape[1] :], skip_special_tokens=True)
+    return text.strip()
+
+
+def _ends(model: Any, tokenizer: PreTrainedTokenizerFast) -> list[int]:
+    """Every token that ends a turn: the tokenizer's, and those the model's own generation config names."""
+    of_model = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(of_model if isinstance(of_model, list) else [of_model])} - {None})
+
+
+class Chat:
+    """A conversation with a run's model: it keeps what was said until `reset`."""
+
+    def __init__(self, folder: RunFolder, *, max_new_tokens: int, temperature: float) -> None:
+        self.model, self.tokenizer = load_trained(folder)
+        self.max_new_tokens, self.temperature = max_new_tokens, temperature
+        system = load_plan(folder.plan).recipe.data.system_prompt
+        self._opening: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.messages = list(self._opening)
+
+    def reset(self) -> None:
+        """Forget what was said."""
+        self.messages = list(self._opening)
+
+    def ask(self, text: str, *, stream: bool) -> str:
+        """The answer, kept with its question; printed as it comes with `stream`. What is broken off is not kept."""
+        turns = [*self.messages, {"role": "user", "content": text}]
+        streamer = make_streamer(self.tokenizer) if stream else None
+        said = answer(
+            self.model, self.tokenizer, turns, max_new_tokens=self.max_new_tokens, temperature=self.temperature, streamer=streamer
+        )
+        self.messages = [*turns, {"role": "assistant", "content": said}]
+        return said
+
+
+def make_streamer(tokenizer: PreTrainedTokenizerFast) -> Any:
+    """Prints an answer to stdout word by word."""
+    from transformers import TextStreamer
+
+    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no advice from transformers between a question and its answer."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()

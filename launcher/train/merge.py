@@ -1,0 +1,73 @@
+"""A run's adapter melted into its base: a plain transformers folder that needs neither PEFT nor bitsandbytes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from launcher.errors import BudgetError, DataError
+from launcher.plan import Plan, load_plan
+from launcher.recipe import Lora, QLora
+from launcher.run import RunFolder
+from launcher.train.generate import attach_adapter, check_finished, fit_to_machine
+from launcher.train.model import TORCH_DTYPE, load_base, prepare_weights
+from launcher.units import DTYPE_BYTES, format_bytes
+
+
+def merge_run(folder: RunFolder, output: Path, dtype: str | None = None) -> Path:
+    """Write the merged model to `output` in one move; `dtype` (fp32, bf16, fp16) is the run's unless told.
+
+    A QLoRA adapter is merged into the dequantised weights, the ones it was trained and evaluated on:
+    merged into the original ones it would be another model.
+    Raises DataError where there is no adapter or `output` holds something, BudgetError where the disk is too full.
+    """
+    from transformers import AutoTokenizer
+
+    check_finished(folder)
+    plan = load_plan(folder.plan)
+    if not isinstance(plan.recipe.method, Lora | QLora):
+        raise DataError(
+            f"method {plan.recipe.method.kind} leaves a whole model, so there is nothing to merge", f"use {folder.model} as it is"
+        )
+    output = output.absolute()
+    _check_output(output, plan, dtype or plan.layout.dtype)
+    model = merge(plan, folder, TORCH_DTYPE[dtype or plan.layout.dtype])
+    tokenizer = AutoTokenizer.from_pretrained(folder.model, trust_remote_code=plan.recipe.model.trust_remote_code)
+    unfinished = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.unfinished-"))
+    try:
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.chmod(0o755)  # mkdtemp's are private
+        unfinished.replace(output)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return output
+
+
+def merge(plan: Plan, folder: RunFolder, dtype: torch.dtype) -> Any:
+    """The merged model in memory, on the CPU, in `dtype`; summed in the wider of that and the run's dtype."""
+    plan, device = fit_to_machine(plan)
+    prepare_weights(plan)
+    base = load_base(plan, device)
+    if isinstance(plan.recipe.method, QLora):
+        base = base.dequantize()
+    trained_in = TORCH_DTYPE[plan.layout.dtype]
+    base = base.to("cpu", dtype=torch.float32 if torch.float32 in (dtype, trained_in) else trained_in)
+    model = attach_adapter(base, folder).merge_and_unload(safe_merge=True).to(dtype)
+    model.config.use_cache = True
+    model.config.dtype = dtype
+    return model
+
+
+def _check_output(output: Path, plan: Plan, dtype: str) -> None:
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise DataError(f"{output} is there already, and is not an empty folder", "name another with --output, or move it away")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    needed, free = plan.shape.num_params * DTYPE_BYTES[dtype], shutil.disk_usage(output.parent).free
+    if free < needed:
+        raise BudgetError(f"the merged model takes {format_bytes(needed)} ({plan.shape.num_params:,} parameters in {dtype}),"
+                          f" and {output.parent} has {format_bytes(free)} left", "free some, or name another place with --output")  # fmt: skip
