@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import importlib.util
 import json
+import os
 import random
 import threading
 from collections.abc import Iterator
@@ -168,10 +169,10 @@ def test_template_that_rewrites_an_answer_is_refused(tmp_path: Path, tokenizer: 
 
 @pytest.mark.parametrize("mark", ["", "{% generation %}{% endgeneration %}"])
 def test_template_that_refuses_is_named(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, mark: str) -> None:
+    rows = [CHAT, {"messages": [{"role": r, "content": "a"} for r in ("user", "tool", "assistant")]}]
+    refusal = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}"
     with pytest.raises(ModelError, match=r"r.jsonl:2: the chat template refuses the conversation: no tools(.|\n)*user, tool, assistant"):
-        rows = [CHAT, {"messages": [{"role": r, "content": "a"} for r in ("user", "tool", "assistant")]}]
-        template = "{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}{% endfor %}" + MARKED + mark
-        load(tmp_path, rows, tokenizer, chat_template=template if mark else template.replace("{% generation %}", "").replace("{% endgeneration %}", ""))
+        load(tmp_path, rows, tokenizer, chat_template=refusal + mark + TRIMMED)
 
 
 def test_template_that_is_no_jinja_is_a_model_error(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -198,7 +199,8 @@ def test_plain_text_ends_with_eos(tmp_path: Path, bare: PreTrainedTokenizerFast,
 
 def test_pairs_go_through_the_template_where_there_is_one(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     samples = load(tmp_path, PAIRS[:1], tokenizer)
-    assert "<|im_start|>user\nSay one. <|im_end|>\n<|im_start|>assistant\none<|im_end|>" in str(tokenizer.decode(samples.sample(0).input_ids))
+    text = str(tokenizer.decode(samples.sample(0).input_ids))
+    assert "<|im_start|>user\nSay one. <|im_end|>\n<|im_start|>assistant\none<|im_end|>" in text
     assert read_targets(samples, 0, tokenizer) == ["one<|im_end|>"]
 
 
@@ -246,7 +248,9 @@ def test_too_long_drop_and_truncate(tmp_path: Path, bare: PreTrainedTokenizerFas
 
 
 @pytest.mark.parametrize(("weight", "counts"), [(1.0, {1: 8}), (2.0, {2: 8}), (0.5, {0: 4, 1: 4}), (1.5, {1: 4, 2: 4})])
-def test_weight_is_how_often_a_row_is_seen(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, weight: float, counts: dict[int, int]) -> None:
+def test_weight_is_how_often_a_row_is_seen(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, weight: float, counts: dict[int, int]
+) -> None:
     def count(seed: int) -> list[int]:
         samples = load(tmp_path, PAIRS, tokenizer, train={"path": "r.jsonl", "weight": weight}, seed=seed)
         seen = [str(tokenizer.decode(samples.sample(i).input_ids)) for i in range(len(samples))]
@@ -329,7 +333,8 @@ def test_second_load_does_not_tokenise(tmp_path: Path, tokenizer: PreTrainedToke
     moved.mkdir()
     data = Data.model_validate({"train": "r.jsonl", "packing": False})
     write_rows(moved / "r.jsonl", PAIRS)
-    assert load_samples(data, "train", tokenizer, base_dir=str(moved), seed=0, cache_dir=tmp_path / "cache").content_hash == first.content_hash
+    from_there = load_samples(data, "train", tokenizer, base_dir=str(moved), seed=0, cache_dir=tmp_path / "cache")
+    assert from_there.content_hash == first.content_hash
     assert encoded == [8]
 
 
@@ -398,7 +403,7 @@ def test_full_disk_is_a_data_error(tmp_path: Path, tokenizer: PreTrainedTokenize
     def fail(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(train_data.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(DataError, match=rf"{tmp_path}/cache/tokens is full: the tokens need at least 1.. KiB, and .* are free"):
         load(tmp_path, PAIRS, tokenizer)
     assert list((tmp_path / "cache" / "tokens").iterdir()) == []

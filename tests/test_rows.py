@@ -169,7 +169,8 @@ def test_missing_file_suggests_the_nearest(tmp_path: Path) -> None:
 
 def test_cut_off_parquet_names_the_row(tmp_path: Path) -> None:
     path = tmp_path / "r.parquet"
-    pq.write_table(pa.Table.from_pylist([{"text": os.urandom(50).hex()} for _ in range(4000)]), path, row_group_size=2000, compression="none")
+    table = pa.Table.from_pylist([{"text": os.urandom(50).hex()} for _ in range(4000)])
+    pq.write_table(table, path, row_group_size=2000, compression="none")
     raw = bytearray(path.read_bytes())
     raw[len(raw) * 3 // 4 : len(raw) * 3 // 4 + 2000] = b"\xff" * 2000
     path.write_bytes(raw)

@@ -131,7 +131,7 @@ def _encode(examples: Sequence[Example], encoder: _Encoder) -> list[Ints]:
 
 def _find_targets(offsets: list[Span], spans: list[Span]) -> npt.NDArray[np.bool_]:
     """Which tokens hold a character of a span. Where a prompt's last space and an answer are one token, it is learned."""
-    starts, ends = np.asarray(offsets, dtype=np.int64).reshape(-1, 2).T
+    starts, ends = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2).T
     inside = np.zeros(len(starts), dtype=np.bool_)
     for start, end in spans:
         inside |= (starts < end) & (ends > start)
@@ -727,21 +727,18 @@ def check_packing(model: torch.nn.Module) -> None:
 
     device, was_training = next(model.parameters()).device, model.training
     position_ids_BS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]], device=device)
+    sequences = [torch.tensor([[*first, 3, 4, 5, 6]], device=device) for first in ((7, 8, 9, 10), (11, 12, 13, 14))]
     model.eval()
     try:
         with torch.no_grad():
-            logits = [
-                model(input_ids=torch.tensor([[*head, 3, 4, 5, 6]], device=device), position_ids=position_ids_BS, use_cache=False).logits[0, 4:]
-                for head in ((7, 8, 9, 10), (11, 12, 13, 14))
-            ]
-        leak = float((logits[0] - logits[1]).abs().max() / logits[0].float().std())
+            one, other = (model(input_ids=ids_BS, position_ids=position_ids_BS, use_cache=False).logits[0, 4:] for ids_BS in sequences)
+        leak = float((one - other).abs().max() / one.float().std())
     except TypeError:
         leak = float("inf")  # takes no position_ids
     finally:
         model.train(was_training)
     if leak > _LEAK_TOLERANCE:
-        kind = type(model).__name__
-        raise ModelError(f"{kind} lets an example of a packed sequence see the one before it", "set data.packing to false")
+        raise ModelError(f"{type(model).__name__} lets an example of a pack see the one before it", "set data.packing to false")
 
 
 def collate(samples: Sequence[Sample], pad_id: int, *, flat: bool = False) -> dict[str, torch.Tensor]:

@@ -64,7 +64,7 @@ def run_rank(plan: Plan, me: Rank, *, show: Show, stop_asked: Callable[[], bool]
         folder = RunFolder(Path(plan.run_dir))
         report, close_report = open_report(plan, folder, me.rank, show)
         try:
-            _fine_tune(plan, me, folder, report, stop_asked)
+            fine_tune(plan, me, folder, report, stop_asked)
         finally:
             close_report()
         if me.rank == 0:
@@ -73,7 +73,7 @@ def run_rank(plan: Plan, me: Rank, *, show: Show, stop_asked: Callable[[], bool]
         dist.barrier()
 
 
-def _fine_tune(plan: Plan, me: Rank, folder: RunFolder, report: Show, stop_asked: Callable[[], bool]) -> None:
+def fine_tune(plan: Plan, me: Rank, folder: RunFolder, report: Show, stop_asked: Callable[[], bool]) -> None:
     recipe, batch = plan.recipe, plan.batch
     began = time.perf_counter()
     with _first_on_node(me):
