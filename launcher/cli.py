@@ -71,11 +71,17 @@ def _exit_with(error: LauncherError, as_json: bool) -> NoReturn:
 
 
 def _make_unforeseen(error: Exception) -> LauncherError:
-    """An error nobody foresaw: one line for the user, the traceback in a file."""
+    """An error that no code of ours raised: named where the table knows it, else one line and where its traceback is."""
+    from launcher.train.foreign import TABLE
+
+    line = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    for matches, kind, remedy in TABLE:
+        if matches(error):
+            return kind(line, remedy)
     with tempfile.NamedTemporaryFile("w", prefix="lepton-launch-", suffix=".log", delete=False, encoding="utf-8") as file:
         file.write("".join(traceback.format_exception(error)))
-    line = (str(error).splitlines() or [""])[0]
-    return LauncherError(f"{type(error).__name__}: {line}", f"this is a fault of lepton-launch; its traceback is in {file.name}")
+    whose = "" if isinstance(error, OSError) else "this is a fault of lepton-launch; "
+    return LauncherError(line, f"{whose}the traceback is in {file.name}")
 
 
 def _print_json(value: Any) -> None:

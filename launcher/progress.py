@@ -138,7 +138,7 @@ class LiveDisplay:
     def _print(self, event: Event) -> None:
         line = describe_event(event)
         if line:
-            self._console.print(line, markup=False, soft_wrap=True)
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 class Pace:
@@ -196,9 +196,7 @@ _DESCRIBE: dict[str, Callable[[Event], str]] = {
     "data": _describe_data,
     "start": _describe_start,
     "eval": _describe_eval,
-    "samples": lambda event: (
-        f"answered the {len(event['answers'])} prompts of evaluate.samples, {event['when']} training" if event["answers"] else ""
-    ),
+    "samples": lambda event: f"answered the sample prompts, {event['when']} training",
     "step": _describe_step,
     "early_stop": lambda event: (
         f"stopped early at step {event['step']}: best held-out loss {format_loss(event['best_loss'])} at step {event['best_step']}"

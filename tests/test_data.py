@@ -257,22 +257,19 @@ def test_weight_is_how_often_a_row_is_seen(
         return [sum(f"Say {row['completion']}." in text for text in seen) for row in PAIRS]
 
     assert {n: count(0).count(n) for n in counts} == counts
-    assert count(0) == count(0)
-    assert weight % 1 == 0 or len({tuple(count(seed)) for seed in range(4)}) > 1
+    assert weight % 1 == 0 or len({tuple(count(seed)) for seed in (0, 0, 1, 2)}) in (2, 3)
 
 
 @pytest.mark.parametrize(("fraction", "expected"), [(0.25, 2), (0.01, 1), (0.99, 7)])
 def test_eval_fraction_splits_the_rows(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, fraction: float, expected: int) -> None:
-    def split(seed: int) -> tuple[set[str], set[str]]:
-        sides = (load(tmp_path, PAIRS, tokenizer, side, seed, eval_fraction=fraction) for side in ("train", "eval"))
-        train, held_out = (read_prompts(samples, tokenizer) for samples in sides)
-        return train, held_out
+    def read(split: str, seed: int = 0) -> set[str]:
+        return read_prompts(load(tmp_path, PAIRS, tokenizer, split, seed, eval_fraction=fraction), tokenizer)
 
-    train, held_out = split(0)
+    train, held_out = read("train"), read("eval")
     assert len(held_out) == expected
     assert train | held_out == {row["completion"] for row in PAIRS} and not train & held_out
-    assert split(0) == (train, held_out)
-    assert len({frozenset(split(seed)[1]) for seed in range(4)}) > 1
+    assert read("eval") == held_out
+    assert len({frozenset(read("eval", seed)) for seed in range(4)}) > 1
 
 
 def test_held_out_rows_are_seen_once_and_weights_do_not_leak_them(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -312,9 +309,9 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     calls: list[int] = []
     encode = train_data._encode
 
-    def spy(examples: Any, encoder: Any) -> Any:
+    def spy(examples: Any, *others: Any) -> Any:
         calls.append(len(examples))
-        return encode(examples, encoder)
+        return encode(examples, *others)
 
     monkeypatch.setattr(train_data, "_encode", spy)
     yield calls
@@ -413,9 +410,9 @@ def test_two_at_once_end_well(tmp_path: Path, tokenizer: PreTrainedTokenizerFast
     write_rows(tmp_path / "r.jsonl", PAIRS)
     together, encode = threading.Barrier(3), train_data._encode
 
-    def wait(examples: Any, encoder: Any) -> Any:
+    def wait(examples: Any, *others: Any) -> Any:
         together.wait(timeout=60)  # all are past the look into the cache
-        return encode(examples, encoder)
+        return encode(examples, *others)
 
     monkeypatch.setattr(train_data, "_encode", wait)
     found: list[list[int]] = []

@@ -166,9 +166,9 @@ def test_every_world_sees_the_same_steps(tmp_path: Path, total_samples: int, wor
     samples = load(tmp_path, list(range(3, 13)), packing=False)
     by_id = [tuple(samples.sample(i).input_ids.tolist()) for i in range(len(samples))]
     shape: dict[str, Any] = {"global_batch_size": 12, "seed": 3, "total_samples": total_samples}
-    place = [{"micro_batch_size": micro_batch_size, "rank": rank, "world_size": world_size} for rank in range(world_size)]
-    ranks = [list(open_steps(samples, **shape, **own)) for own in place]
-    alone = walk(samples, **shape, micro_batch_size=4, rank=0, world_size=1)
+    shape |= {"micro_batch_size": micro_batch_size, "world_size": world_size}
+    ranks = [list(open_steps(samples, **shape, rank=rank)) for rank in range(world_size)]
+    alone = walk(samples, **shape | {"micro_batch_size": 4, "rank": 0, "world_size": 1})
     stream = np.concatenate([make_epoch_order(10, 3, epoch) for epoch in range(3)]).tolist()
     assert [i for ids, _ in alone for i in ids] == stream[:total_samples]  # each sample once an epoch
     for step, (ids, num_targets) in enumerate(alone):

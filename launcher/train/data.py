@@ -63,7 +63,7 @@ class _Encoder:
     """How examples become tokens: the tokenizer, the template, and which tokens carry loss."""
 
     tokenizer: PreTrainedTokenizerFast
-    backend: Tokenizer
+    pipeline: str
     template: str | None
     marks_answers: bool
     special_tokens: tuple[str, ...]
@@ -74,7 +74,6 @@ class _Encoder:
 
 def _build_encoder(data: Data, tokenizer: PreTrainedTokenizerFast, base_dir: str) -> _Encoder:
     """Raises ModelError for a tokenizer without a fast backend, or with no token that ends a text."""
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -90,10 +89,10 @@ def _build_encoder(data: Data, tokenizer: PreTrainedTokenizerFast, base_dir: str
     first_ids: list[int] = tokenizer("a")["input_ids"]
     starts_with_bos = tokenizer.bos_token_id is not None and first_ids[0] == tokenizer.bos_token_id
     facts = [FORMAT_VERSION, pipeline, template, tokenizer.special_tokens_map, starts_with_bos, data.system_prompt, data.loss_on]
-    # The post-processor adds special tokens, which templates write themselves, and trims spaces off the offsets.
     return _Encoder(
         tokenizer=tokenizer,
-        backend=Tokenizer.from_str(json.dumps(pipeline | {"post_processor": None})),
+        # The post-processor adds special tokens, which templates write themselves, and trims spaces off the offsets.
+        pipeline=json.dumps(pipeline | {"post_processor": None}),
         template=template,
         marks_answers=template is not None and _marks_answers(template),
         special_tokens=tuple(sorted(special, key=len, reverse=True)),
@@ -107,7 +106,7 @@ def _marks_answers(template: str) -> bool:
     return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
 
 
-def _encode(examples: Sequence[Example], encoder: _Encoder) -> list[Ints]:
+def _encode(examples: Sequence[Example], encoder: _Encoder, backend: Tokenizer) -> list[Ints]:
     """The tokens of each example; one without loss is stored as ~id, which is negative.
 
     Raises ModelError or DataError where a template cannot write an example or its answers cannot be told apart.
@@ -116,7 +115,7 @@ def _encode(examples: Sequence[Example], encoder: _Encoder) -> list[Ints]:
     chats = [e for e, plain in zip(examples, written, strict=True) if plain is None and isinstance(e, Conversation)]
     rendered = iter(_render(chats, encoder))
     texts, spans = zip(*(plain if plain is not None else next(rendered) for plain in written), strict=True)
-    encodings = encoder.backend.encode_batch(list(texts), add_special_tokens=False)
+    encodings = backend.encode_batch(list(texts), add_special_tokens=False)
     tokens: list[Ints] = []
     for example, plain, encoding, answer_spans in zip(examples, written, encodings, spans, strict=True):
         ids = np.asarray(encoding.ids, dtype=np.int64)
@@ -338,6 +337,9 @@ class _ArrayWriter:
 
 def _write_tokens(folder: Path, examples: Iterator[Example], encoder: _Encoder, progress: Progress | None, seen: int) -> None:
     """Tokenise into a sibling folder and rename it: what stands under the hash is whole, whoever wrote it first."""
+    from tokenizers import Tokenizer
+
+    backend = Tokenizer.from_str(encoder.pipeline)
     temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     num_bytes = 0
     try:
@@ -345,7 +347,7 @@ def _write_tokens(folder: Path, examples: Iterator[Example], encoder: _Encoder, 
         arrays = {name: _ArrayWriter(temporary / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()}
         stored, ends, num_targets = arrays.values()
         while batch := list(islice(examples, _EXAMPLES_A_BATCH)):
-            tokens = _encode(batch, encoder)
+            tokens = _encode(batch, encoder, backend)
             num_bytes += sum(4 * len(t) + 16 for t in tokens)
             lengths = np.asarray([len(t) for t in tokens], np.int64)
             ends.append(stored.count + np.cumsum(lengths))

@@ -21,8 +21,9 @@ from launcher.units import DTYPE_BYTES, format_bytes
 def merge_run(folder: RunFolder, output: Path, dtype: str | None = None) -> Path:
     """Write the merged model to `output` in one move; `dtype` (fp32, bf16, fp16) is the run's unless told.
 
-    A QLoRA adapter is merged into the dequantised weights, the ones it was trained and evaluated on:
-    merged into the original ones it would be another model.
+    A QLoRA adapter is merged into the dequantised weights, the ones it was trained and evaluated on: merged into
+    the original ones it would be another model. With 8 bits the sum is near, not equal: LLM.int8() also rounds
+    activations, which no plain model does.
     Raises DataError where there is no adapter or `output` holds something, BudgetError where the disk is too full.
     """
     from transformers import AutoTokenizer

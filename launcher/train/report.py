@@ -12,7 +12,7 @@ from pathlib import Path
 from launcher import __version__
 from launcher.plan import Plan
 from launcher.plan.describe import describe_plan
-from launcher.plan.source import locate_model
+from launcher.plan.source import PACKAGE_SCHEME, ModelSource, locate_model
 from launcher.progress import Summary, describe_change, format_loss, format_perplexity, make_summary
 from launcher.recipe import Lora, QLora
 from launcher.run import Event, RunFolder, read_events
@@ -210,22 +210,33 @@ def make_usage(plan: Plan, *, adapter: bool) -> str:
         return _ask(lines, plan)
     source = locate_model(plan.recipe.model.name_or_path, plan.base_dir)
     options = [f"dtype={dtype}"]
+    if plan.recipe.model.name_or_path.startswith(PACKAGE_SCHEME):
+        lines.insert(0, "import importlib.resources")
     if source.kind == "gguf":
-        lines[1] = "from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig"
+        lines[-1] = "from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig"
         options += [f"gguf_file={Path(source.path).name!r}", "quantization_config=GgufConfig(dequantize=True)"]
     elif isinstance(plan.recipe.method, QLora):
-        lines[1] = "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"
+        lines[-1] = "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"
         options.append(f"quantization_config={_quantization_code(plan.recipe.method, dtype)}")
     if plan.recipe.model.revision:
         options.append(f"revision={plan.recipe.model.revision!r}")
     lines += ["from peft import PeftModel", "", folder, tokenizer]
-    place = source.path if source.kind == "hub" else str(source.folder)
-    lines.append(f"base = AutoModelForCausalLM.from_pretrained({place!r}, {', '.join(options)})")
+    lines.append(f"base = AutoModelForCausalLM.from_pretrained({_place_code(plan, source)}, {', '.join(options)})")
     lines.append("model = PeftModel.from_pretrained(base, folder)")
     note = ""
     if source.kind == "gguf" and isinstance(plan.recipe.method, QLora):
-        note = "\n\nThe adapter was trained on the base quantised by bitsandbytes; `lepton-launch generate` and `export --merge` use that very base."
+        note = "\n\nThe adapter was trained on the base quantised by bitsandbytes; `lepton-launch generate` uses that very base, and `lepton-launch export --merge` writes the two as one plain model."
     return _ask(lines, plan) + note
+
+
+def _place_code(plan: Plan, source: ModelSource) -> str:
+    """Where the base is, as Python that also holds on another machine where it can."""
+    name = plan.recipe.model.name_or_path
+    if not name.startswith(PACKAGE_SCHEME):
+        return repr(source.path if source.kind == "hub" else str(source.folder))
+    package, _, inner = name.removeprefix(PACKAGE_SCHEME).partition("/")
+    parts = [f"importlib.resources.files({package!r})", *(repr(part) for part in Path(inner).parent.parts)]
+    return f"str({' / '.join(parts)})"
 
 
 def _quantization_code(method: QLora, dtype: str) -> str:

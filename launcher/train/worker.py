@@ -10,6 +10,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import torch.distributed as dist
 
 from launcher.errors import DataError
 from launcher.plan import Plan, load_plan
+from launcher.recipe import Lora
 from launcher.run import Event, RunFolder, cache_dir
 from launcher.train import best
 from launcher.train.data import Samples, load_samples, open_eval_batches, open_steps
@@ -90,8 +92,9 @@ def fine_tune(plan: Plan, me: Rank, folder: RunFolder, report: Show, stop_asked:
         if samples is not None:
             report({"event": "data", "split": split, **samples.stats(), "source_hashes": samples.source_hashes})
     report({"event": "phase", "name": "loading model"})
-    engine = build_engine(plan, me)
-    start = best.copy_trained(engine) if recipe.method.kind == "lora" and recipe.method.init == "pissa" else {}
+    model = apply_method(load_base(plan, device_of(plan)), plan)
+    start = copy_start(model, plan)
+    engine = build_engine(plan, model, me)
     held = _Held(plan, engine, tokenizer, eval_set, report)
     report({"event": "start", "total_steps": total_steps, "world_size": me.world_size, "num_params": plan.num_params,
             "trainable_params": plan.trainable_params, "setup_s": time.perf_counter() - began})  # fmt: skip
@@ -133,12 +136,22 @@ def _load_data(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> tuple[Samples,
     return load("train"), load("eval") if data.eval or data.eval_fraction else None
 
 
-def build_engine(plan: Plan, me: Rank) -> Any:
-    """The DeepSpeed engine around the model, on this rank's device."""
+def device_of(plan: Plan) -> str:
+    return f"cuda:{torch.cuda.current_device()}" if plan.layout.accelerator == "cuda" else "cpu"
+
+
+def copy_start(model: torch.nn.Module, plan: Plan) -> dict[str, torch.Tensor]:
+    """The adapters before training, where exporting needs them: PiSSA's, taken before ZeRO-3 shards them."""
+    method = plan.recipe.method
+    if not (isinstance(method, Lora) and method.init == "pissa"):
+        return {}
+    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters() if p.requires_grad}
+
+
+def build_engine(plan: Plan, model: torch.nn.Module, me: Rank) -> Any:
+    """The DeepSpeed engine around a model that is on this rank's device."""
     import deepspeed
 
-    device = f"cuda:{torch.cuda.current_device()}" if plan.layout.accelerator == "cuda" else "cpu"
-    model = apply_method(load_base(plan, device), plan)
     # Dropout differs between ranks, and not between runs.
     torch.manual_seed(plan.recipe.seed * 100_003 + me.rank)
     optimizer = build_optimizer(make_param_groups(model, plan.recipe.optim.weight_decay), plan.recipe.optim)
@@ -207,6 +220,7 @@ class _Held:
 @contextmanager
 def _process_group(plan: Plan, me: Rank) -> Iterator[None]:
     """Inside, the ranks are one group, and DeepSpeed knows of it; outside, it is gone."""
+    _quiet_libraries()
     if plan.layout.accelerator == "cuda":
         torch.cuda.set_device(me.local_rank % torch.cuda.device_count())
     else:
@@ -222,6 +236,14 @@ def _process_group(plan: Plan, me: Rank) -> Iterator[None]:
         yield
     finally:
         deepspeed.comm.destroy_process_group()
+
+
+def _quiet_libraries() -> None:
+    """Keep out of the log what nobody can act on: progress bars redrawn a thousand times, deprecations between libraries."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _introduce_deepspeed(plan: Plan) -> None:
