@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import json
 import sys
 import tempfile
@@ -20,7 +21,7 @@ from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
 from launcher import __version__
-from launcher.errors import BudgetError, ClusterError, DataError, Interrupted, LauncherError
+from launcher.errors import BudgetError, ClusterError, DataError, Fault, Interrupted, LauncherError, RecipeError
 
 if TYPE_CHECKING:
     from launcher.cluster import Cluster
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from launcher.run import RunFolder
     from launcher.train.generate import Chat
 
+VERBS = ("run", "data", "generate", "export", "recipes", "doctor")
 GROUP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
 
@@ -64,7 +66,8 @@ def _exit_with(error: LauncherError, as_json: bool) -> NoReturn:
     from launcher.view import print_error
 
     if as_json:
-        _print_json({"error": type(error).__name__, "message": error.message, "remedy": error.remedy, "exit_code": error.exit_code})
+        facts = {"error": type(error).__name__, "message": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
+        _print_json(facts | ({"faults": [dataclasses.asdict(fault) for fault in error.faults]} if isinstance(error, RecipeError) else {}))
     else:
         print_error(error, sys.stderr)
     raise typer.Exit(error.exit_code)
@@ -144,13 +147,12 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune what the recipe says; the word run may be left out."""
-    from launcher.gallery import locate_recipe
     from launcher.progress import make_summary
     from launcher.run import read_events
     from launcher.view import print_plan, print_summary, summary_facts
 
     told = sys.stderr if as_json else sys.stdout
-    path, changes = locate_recipe(recipe), tuple(overrides or ())
+    path, changes = _locate_recipe(recipe), tuple(overrides or ())
     plan = _make_checked_plan(path, changes, _choose_cluster(cluster, nodes, workers, accelerator))
     if dry_run and as_json:
         _print_json(plan.to_dict())
@@ -164,6 +166,20 @@ def run(
     print_summary(summary, folder, told, adapter=plan.recipe.method.kind in ("lora", "qlora"))
     if as_json:
         _print_json(summary_facts(summary, folder))
+
+
+def _locate_recipe(name_or_path: str) -> Path:
+    """The recipe's file. What is no recipe may have been meant as a verb."""
+    from launcher.gallery import locate_recipe
+
+    try:
+        return locate_recipe(name_or_path)
+    except RecipeError:
+        near = difflib.get_close_matches(name_or_path, VERBS, 1)
+        if near:
+            fault = Fault(name_or_path, "", "no verb, no such file and no shipped recipe of this name", f"did you mean {near[0]}?")
+            raise RecipeError([fault]) from None
+        raise
 
 
 def _choose_cluster(file: Path | None, nodes: int | None, workers: int | None, accelerator: str | None) -> Cluster:
@@ -250,6 +266,7 @@ def _run_job(folder: RunFolder, told: TextIO) -> None:
 
     display = make_display(told)
     try:
+        display.show({"event": "phase", "name": "starting Ray"})
         run_job(load_plan(folder.plan), display.show)
     finally:
         display.close()
@@ -263,11 +280,10 @@ def data(
     as_json: JsonOption = False,
 ) -> None:
     """Show the examples as the model will see them, the tokens that carry loss marked, and how they fill the packs."""
-    from launcher.gallery import locate_recipe
     from launcher.train.inspect import inspect_data
     from launcher.view import print_data
 
-    plan = _make_checked_plan(locate_recipe(recipe), tuple(overrides or ()), _choose_cluster(None, None, None, None))
+    plan = _make_checked_plan(_locate_recipe(recipe), tuple(overrides or ()), _choose_cluster(None, None, None, None))
     shown = inspect_data(plan, rows)
     if as_json:
         _print_json(dataclasses.asdict(shown))

@@ -272,3 +272,8 @@ def describe_change(before: float | None, after: float | None) -> str:
         return ""
     share = (after - before) / abs(before)
     return f"{'↓' if share < 0 else '↑' if share > 0 else '='} {abs(share):.1%}"
+
+
+def printable(text: str) -> str:
+    """Text without the control characters that would move a terminal's cursor or change its state: a model may write any."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\ufffd" for char in text)

@@ -304,7 +304,8 @@ def _valid_sections(document: Document) -> dict[str, Any]:
             sections[name] = info.default
             continue
         try:
-            adapter: TypeAdapter[Any] = TypeAdapter(Annotated[info.annotation, info] if info.discriminator else info.annotation)
+            annotation: Any = Annotated[info.annotation, info] if info.discriminator else info.annotation
+            adapter: TypeAdapter[Any] = TypeAdapter(annotation)
             sections[name] = adapter.validate_python(document.data.get(name), strict=False)
         except ValidationError:
             continue

@@ -1,11 +1,11 @@
 """The run folder: what a run leaves behind, and where each thing in it is. No torch, no ray.
 
-    RUN/
-      recipe.yaml        the recipe as it was given        plan.json      what was decided from it
-      metrics.jsonl      one event a line                  status.json    running, finished, failed or stopped
-      model/             the adapter or the model, in the PEFT or transformers layout, with its card
-      report.md          before and after, with loss.png   logs/          one file a rank
-      trackers/          TensorBoard and the like
+RUN/
+  recipe.yaml        the recipe as it was given        plan.json      what was decided from it
+  metrics.jsonl      one event a line                  status.json    running, finished, failed or stopped
+  model/             the adapter or the model, in the PEFT or transformers layout, with its card
+  report.md          before and after, with loss.png   logs/          one file a rank
+  trackers/          TensorBoard and the like
 """
 
 from __future__ import annotations

@@ -113,14 +113,20 @@ def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
 
 def _plain(node: Any, key: Key, where: dict[Key, str], path: Path) -> Any:
     """ruamel's round-trip tree as plain dicts and lists, noting each key's line."""
+    children: list[tuple[str | int, int, Any]] = []
     if isinstance(node, dict):
-        for name in node:
-            where[(*key, str(name))] = f"{path}:{node.lc.key(name)[0] + 1}"  # type: ignore[attr-defined]
-        return {str(name): _plain(value, (*key, str(name)), where, path) for name, value in node.items()}
+        children = [(str(name), node.lc.key(name)[0], value) for name, value in node.items()]  # type: ignore[attr-defined]
+    elif isinstance(node, list):
+        children = [(index, node.lc.item(index)[0], value) for index, value in enumerate(node)]  # type: ignore[attr-defined]
+    plain = []
+    for name, line, value in children:
+        below: Key = (*key, name)
+        where[below] = f"{path}:{line + 1}"
+        plain.append((name, _plain(value, below, where, path)))
+    if isinstance(node, dict):
+        return dict(plain)
     if isinstance(node, list):
-        for index in range(len(node)):
-            where[(*key, index)] = f"{path}:{node.lc.item(index)[0] + 1}"  # type: ignore[attr-defined]
-        return [_plain(value, (*key, index), where, path) for index, value in enumerate(node)]
+        return [value for _, value in plain]
     for kind in (bool, int, float, str):
         if isinstance(node, kind):
             return kind(node)  # drops ruamel's ScalarFloat and the like
@@ -197,12 +203,19 @@ def _make_fault(spec: type[Spec], document: Document, key: Key, items: list[Any]
         return Fault(where, dotted, "is needed and is not there", _describe(spec, document, key))
     value = items[0]["input"]
     if "union_tag_not_found" in kinds:
-        return Fault(where, f"{dotted}.kind", "is needed and is not there", f"one of {items[0]['ctx'].get('discriminator', 'kind')}: {_kinds(spec, document, key)}")
+        return Fault(
+            where,
+            f"{dotted}.kind",
+            "is needed and is not there",
+            f"one of {items[0]['ctx'].get('discriminator', 'kind')}: {_kinds(spec, document, key)}",
+        )
     if "union_tag_invalid" in kinds:
         tag = items[0]["ctx"]["tag"]
         near = difflib.get_close_matches(tag, _kinds(spec, document, key).split(", "), 1)
         hint = f"did you mean {near[0]}? " if near else ""
-        return Fault(document.locate((*key, "kind")), f"{dotted}.kind", f"{tag!r} is not one of {_kinds(spec, document, key)}", hint.strip())
+        return Fault(
+            document.locate((*key, "kind")), f"{dotted}.kind", f"{tag!r} is not one of {_kinds(spec, document, key)}", hint.strip()
+        )
     wants = " or ".join(dict.fromkeys(_want(item) for item in items))
     shown = value if not isinstance(value, (dict, list)) else type(value).__name__
     remedy = ""
@@ -284,5 +297,3 @@ def dotted_keys(spec: type[Spec], prefix: str = "") -> list[str]:
             if isinstance(member, type) and issubclass(member, Spec):
                 keys += [k for k in dotted_keys(member, f"{prefix}{name}.") if k not in keys]
     return keys
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from launcher.progress import Summary, describe_change, format_loss, format_perplexity
+from launcher.progress import Summary, describe_change, format_loss, format_perplexity, printable
 from launcher.run import Event, RunFolder
 from launcher.units import format_bytes, format_count, format_duration
 
@@ -146,7 +146,7 @@ def _samples_table(summary: Summary) -> Any:
     for name, ratio in (("prompt", 2), ("before", 4), ("after", 4)):
         table.add_column(name, ratio=ratio, overflow="fold")
     for row in summary.samples:
-        table.add_row(*(Text(cell.strip()) for cell in row))
+        table.add_row(*(Text(printable(cell.strip())) for cell in row))
     return table
 
 

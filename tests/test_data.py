@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import importlib.util
 import json
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import launcher.train.data as train_data
@@ -149,6 +151,13 @@ def test_loss_of_random_conversations_is_exact(tmp_path: Path, tokenizer: PreTra
         assert [t.removeprefix("\n") if a[0].isspace() and len(t) > len(a) else t for t, a in zip(found, answers, strict=True)] == answers
 
 
+def test_white_space_counts_where_the_tokenizer_trims_offsets(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    trimming = copy.deepcopy(tokenizer)
+    trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as GPT-2's and Llama 3's
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a\n\n\n\tb  \n"}]
+    assert read_targets(load(tmp_path, [{"messages": messages}], trimming), 0, tokenizer) == ["a\n\n\n\tb  \n<|im_end|>"]
+
+
 def test_system_prompt_is_rendered(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     samples = load(tmp_path, [CHAT], tokenizer, system_prompt="Be brief.")
     assert str(tokenizer.decode(samples.sample(0).input_ids)).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi\n")
@@ -205,7 +214,7 @@ def test_pairs_go_through_the_template_where_there_is_one(tmp_path: Path, tokeni
 
 
 def test_text_begins_with_bos_where_the_tokenizer_adds_one(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
     backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "a": 2, "b": 3}, unk_token="a"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()

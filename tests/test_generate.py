@@ -81,6 +81,17 @@ def test_the_loaded_and_the_merged_model_are_the_trained_one(name: str, runs: di
     assert not hasattr(plain.config, "quantization_config") and not hasattr(plain, "peft_config")
 
 
+def test_a_bf16_run_merges_in_fp32_without_loss_and_in_bf16_closely(tiny: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = finish_run(tiny, tmp_path / "run", QLORA, model={"dtype": "bf16"})
+    wanted = as_trained(folder, load_plan(folder.plan))
+    scale = float(wanted.abs().max())
+    for dtype in ("fp32", "bf16"):
+        plain = AutoModelForCausalLM.from_pretrained(merge_run(folder, tmp_path / dtype, dtype))
+        assert torch.allclose(logits_of(plain), wanted, atol=0.03 * scale), dtype
+
+
 def test_merging_qlora_into_the_original_base_would_be_another_model(runs: dict[str, RunFolder], tiny: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM

@@ -60,15 +60,21 @@ def assert_learned(events: list[Any]) -> None:
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("options", [{}, {"rslora": True}, {"dora": True}, {"init": "pissa"}, {"init": "pissa", "rslora": True}, {"dropout": 0.1},
                                      {"target_modules": ["q_proj", "v_proj"]}], ids=str)  # fmt: skip
-def test_adapter_loads_with_plain_peft_and_gives_the_same_logits(options: dict[str, Any], stage: int, two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
-    events, logits = tune(two_ranks, tiny, tmp_path, method={"kind": "lora", "r": 4, "alpha": 8.0, **options}, parallel={"zero_stage": stage})
+def test_adapter_loads_with_plain_peft_and_gives_the_same_logits(
+    options: dict[str, Any], stage: int, two_ranks: Ranks, tiny: Path, tmp_path: Path
+) -> None:
+    events, logits = tune(
+        two_ranks, tiny, tmp_path, method={"kind": "lora", "r": 4, "alpha": 8.0, **options}, parallel={"zero_stage": stage}
+    )
     assert_learned(events)
     torch.testing.assert_close(load_adapter(tiny, tmp_path), logits, atol=2e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("options", [{"bits": 4}, {"bits": 4, "quant_type": "fp4", "double_quant": False}, {"bits": 8}], ids=str)
-def test_quantised_base_trains_and_its_adapter_loads(options: dict[str, Any], stage: int, two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
+def test_quantised_base_trains_and_its_adapter_loads(
+    options: dict[str, Any], stage: int, two_ranks: Ranks, tiny: Path, tmp_path: Path
+) -> None:
     from launcher.train.model import load_base
 
     method = {"kind": "qlora", "r": 4, **options}
@@ -94,27 +100,42 @@ def test_full_model_loads_with_plain_transformers(stage: int, two_ranks: Ranks, 
 def test_freeze_trains_only_what_it_names(stage: int, two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    events, _ = tune(two_ranks, tiny, tmp_path, method={"kind": "freeze", "last_layers": 1, "patterns": ["*norm*"]}, parallel={"zero_stage": stage})
+    events, _ = tune(
+        two_ranks, tiny, tmp_path, method={"kind": "freeze", "last_layers": 1, "patterns": ["*norm*"]}, parallel={"zero_stage": stage}
+    )
     assert_learned(events)
     before, after = load_file(tiny / "model/model.safetensors"), load_file(tmp_path / "model/model.safetensors")
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert moved == {name for name in before if ".layers.2." in name or "norm" in name}
 
 
-OPTIMIZERS = {"adamw": 3e-3, "adamw_8bit": 3e-3, "paged_adamw": 3e-3, "paged_adamw_8bit": 3e-3, "sgd": 0.1, "lion": 3e-4, "lion_8bit": 3e-4, "adafactor": 1e-2}
+OPTIMIZERS = {
+    "adamw": 3e-3,
+    "adamw_8bit": 3e-3,
+    "paged_adamw": 3e-3,
+    "paged_adamw_8bit": 3e-3,
+    "sgd": 0.1,
+    "lion": 3e-4,
+    "lion_8bit": 3e-4,
+    "adafactor": 1e-2,
+}
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_learns(name: str, stage: int, two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
-    events = two_ranks.run(fine_tune, plan_tiny(tiny, tmp_path, optim={"name": name, "lr": OPTIMIZERS[name]}, parallel={"zero_stage": stage}))[0]
+    events = two_ranks.run(
+        fine_tune, plan_tiny(tiny, tmp_path, optim={"name": name, "lr": OPTIMIZERS[name]}, parallel={"zero_stage": stage})
+    )[0]
     assert_learned(events)
 
 
 @pytest.mark.parametrize("parallel", [{"zero_stage": 2, "offload_optimizer": True}, {"zero_stage": 3, "offload_optimizer": True},
                                       {"zero_stage": 3, "offload_param": True, "offload_optimizer": True}], ids=str)  # fmt: skip
 @pytest.mark.parametrize("method", [{"kind": "full"}, {"kind": "qlora", "r": 4}], ids=["full", "qlora"])
-def test_offload_gives_the_same_losses(parallel: dict[str, Any], method: dict[str, Any], two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
+def test_offload_gives_the_same_losses(
+    parallel: dict[str, Any], method: dict[str, Any], two_ranks: Ranks, tiny: Path, tmp_path: Path
+) -> None:
     offloaded = two_ranks.run(fine_tune, plan_tiny(tiny, tmp_path / "a", method=method, parallel=parallel))[0]
     resident = two_ranks.run(fine_tune, plan_tiny(tiny, tmp_path / "b", method=method, parallel={"zero_stage": parallel["zero_stage"]}))[0]
     assert losses(offloaded) == pytest.approx(losses(resident), abs=1e-5)

@@ -17,6 +17,7 @@ from launcher.progress import (
     format_perplexity,
     make_display,
     make_summary,
+    printable,
 )
 
 TOTAL = 20
@@ -161,3 +162,7 @@ def test_change(before: float | None, after: float | None, told: str) -> None:
 @pytest.mark.parametrize(("value", "told"), [(66.98, "66.98"), (1e9, "1.00e+09"), (math.inf, "inf"), (math.nan, "nan"), (None, "n/a")])
 def test_perplexity(value: float | None, told: str) -> None:
     assert format_perplexity(value) == told
+
+
+def test_what_a_model_writes_cannot_take_over_the_terminal() -> None:
+    assert printable("a\x1b[2Jb\x0bc\nd\te é 猫 🙂") == "a\ufffd[2Jb\ufffdc\nd\te é 猫 🙂"

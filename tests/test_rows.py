@@ -18,7 +18,7 @@ from launcher.data.rows import read_rows
 from launcher.errors import DataError
 from launcher.recipe import Source
 
-ROWS = [{"prompt": "ä, or \"b\"?", "completion": "b"}, {"prompt": "two\nlines", "completion": "ok"}, {"prompt": "c", "completion": "d"}]
+ROWS = [{"prompt": 'ä, or "b"?', "completion": "b"}, {"prompt": "two\nlines", "completion": "ok"}, {"prompt": "c", "completion": "d"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 CSV = 'prompt,completion\n"ä, or ""b""?",b\n"two\nlines",ok\nc,d\n'
 

@@ -47,13 +47,19 @@ def reference(two_ranks: Ranks, tiny: Path, tmp_path_factory: pytest.TempPathFac
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["keep", "recompute"])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("method", METHODS)
-def test_stages_agree(method: str, stage: str, checkpointing: bool, two_ranks: Ranks, tiny: Path, tmp_path: Path, reference: dict[str, list[float]]) -> None:
-    events = tune(two_ranks, tiny, tmp_path, method=METHODS[method], parallel=STAGES[stage], memory={"gradient_checkpointing": checkpointing})
+def test_stages_agree(
+    method: str, stage: str, checkpointing: bool, two_ranks: Ranks, tiny: Path, tmp_path: Path, reference: dict[str, list[float]]
+) -> None:
+    events = tune(
+        two_ranks, tiny, tmp_path, method=METHODS[method], parallel=STAGES[stage], memory={"gradient_checkpointing": checkpointing}
+    )
     assert losses(events) + evaluations(events, "after") == pytest.approx(reference[method], abs=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_rank_with_more_accumulation_is_the_same_run(method: str, one_rank: Ranks, tiny: Path, tmp_path: Path, reference: dict[str, list[float]]) -> None:
+def test_one_rank_with_more_accumulation_is_the_same_run(
+    method: str, one_rank: Ranks, tiny: Path, tmp_path: Path, reference: dict[str, list[float]]
+) -> None:
     events = tune(one_rank, tiny, tmp_path, method=METHODS[method], memory={"gradient_checkpointing": False})
     assert losses(events) + evaluations(events, "after") == pytest.approx(reference[method], abs=1e-5)
 

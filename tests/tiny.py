@@ -15,7 +15,28 @@ CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-WORDS = "lamp sea cat boat storm fog keeper bell green red north tower stair glass oil rope gull wind tide stone".split()
+WORDS = [
+    "lamp",
+    "sea",
+    "cat",
+    "boat",
+    "storm",
+    "fog",
+    "keeper",
+    "bell",
+    "green",
+    "red",
+    "north",
+    "tower",
+    "stair",
+    "glass",
+    "oil",
+    "rope",
+    "gull",
+    "wind",
+    "tide",
+    "stone",
+]
 
 
 def write_conversations(path: Path, count: int, seed: int = 0) -> Path:

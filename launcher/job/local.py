@@ -7,6 +7,9 @@ seconds (../shared/FACTS.md). The side that trains is named here by its import p
 
 from __future__ import annotations
 
+import logging
+import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -22,6 +25,7 @@ from launcher.job.worker import Worker, worker_options
 from launcher.plan import PLAN_FILE, Plan
 from launcher.run import Event, RunFolder, write_status
 
+START_OVER = "nothing was saved: the same command starts over in a new folder"
 START_TIMEOUT_S = 120.0
 POLL_S = 0.25
 FELLOW_ERRORS_S = 3.0
@@ -33,9 +37,12 @@ def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
     folder = RunFolder(Path(plan.run_dir))
     write_status(folder, "running")
     try:
-        with _stopping_on_signals(), _own_ray(plan) as ray:
+        with _own_ray(plan) as ray, _noting_signals() as stop_asked:
             show({"event": "phase", "name": "starting workers"})
-            _drive(ray, plan, show)
+            _drive(ray, plan, show, stop_asked)
+    except KeyboardInterrupt:
+        write_status(folder, "stopped", message="interrupted")
+        raise Interrupted("interrupted", START_OVER) from None
     except (Interrupted, Stopped) as error:
         write_status(folder, "stopped", message=error.message)
         raise
@@ -51,9 +58,18 @@ def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
 @contextmanager
 def _own_ray(plan: Plan) -> Iterator[Any]:
     """A Ray that listens on loopback only, with its files in a folder of its own, gone afterwards."""
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    files = tempfile.mkdtemp(prefix="lepton-")
+    os.environ |= {
+        # A token for this Ray alone. Left to itself, Ray writes one to ~/.ray, and every later `ray start` there wants it.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        # Ray on a Mac listens on loopback only; elsewhere it turns 127.0.0.1 into the machine's address unless told not to
+        # (ray 2.60, _private/services.py, get_node_ip_address).
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+    }
     import ray
 
-    files = tempfile.mkdtemp(prefix="lepton-")
     try:
         ray.init(
             address="local",
@@ -75,23 +91,27 @@ def _own_ray(plan: Plan) -> Iterator[Any]:
         shutil.rmtree(files, ignore_errors=True)
 
 
-def _drive(ray: Any, plan: Plan, show: Callable[[Event], None]) -> None:
+def _drive(ray: Any, plan: Plan, show: Callable[[Event], None], stop_asked: Callable[[], LauncherError | None]) -> None:
     """Start a worker a rank, hand over the plan, pass events on until all are done or one fails."""
     actor = ray.remote(**worker_options(plan))(Worker)
     workers = [actor.remote(plan.run_dir, rank) for rank in range(plan.layout.world_size)]
     try:
-        address = ray.get(workers[0].open_store.remote(plan.layout.world_size), timeout=START_TIMEOUT_S)
+        address = ray.get(workers[0].reserve_address.remote(), timeout=START_TIMEOUT_S)
         plan_path = str(Path(plan.run_dir) / PLAN_FILE)
         running = {worker.train.remote(plan_path, address): rank for rank, worker in enumerate(workers)}
         while running:
             done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
+            if asked := stop_asked():
+                raise asked
             _show_events(ray, workers[0], show)
             failures = [failure for ref in done if (failure := _failure_of(ray, ref, running.pop(ref)))]
             if failures:
                 raise _cause(failures + _fellow_failures(ray, running))
         _show_events(ray, workers[0], show)
     except ray.exceptions.GetTimeoutError:
-        raise ClusterError(f"no worker started within {START_TIMEOUT_S:.0f} s", "lepton-launch doctor says what this machine lacks") from None
+        raise ClusterError(
+            f"no worker started within {START_TIMEOUT_S:.0f} s", "lepton-launch doctor says what this machine lacks"
+        ) from None
     finally:
         for worker in workers:
             ray.kill(worker)
@@ -110,10 +130,15 @@ def _failure_of(ray: Any, ref: Any, rank: int) -> LauncherError | None:
         ray.get(ref)
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
-        return cause if isinstance(cause, LauncherError) else TrainingError(f"rank {rank}: {cause!r}", "the traceback is in the run's logs/")
+        return (
+            cause if isinstance(cause, LauncherError) else TrainingError(f"rank {rank}: {cause!r}", "the traceback is in the run's logs/")
+        )
     except ray.exceptions.RayActorError as error:
         reason = " ".join(str(error).split("\n")[0].split())
-        return TrainingError(f"the process of rank {rank} died: {reason}", "see the end of its file in the run's logs/; a kill by the kernel (out of memory) leaves no trace there")
+        return TrainingError(
+            f"the process of rank {rank} died: {reason}",
+            "see the end of its file in the run's logs/; a kill by the kernel (out of memory) leaves no trace there",
+        )
     return None
 
 
@@ -131,19 +156,19 @@ def _cause(failures: list[LauncherError]) -> LauncherError:
 
 
 @contextmanager
-def _stopping_on_signals() -> Iterator[None]:
-    """Inside, SIGINT raises Interrupted and SIGTERM Stopped, so that everything is closed on the way out."""
+def _noting_signals() -> Iterator[Callable[[], LauncherError | None]]:
+    """Inside, the first SIGINT or SIGTERM is noted, and given as the error it means: raised from within Ray's
+    compiled code, it would come out as another. A second one takes its usual, immediate effect.
+    """
+    noted: list[LauncherError] = []
 
-    def on_interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("interrupted", "nothing was saved: this run starts over when it is started again")
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(Interrupted("interrupted", START_OVER) if number == signal.SIGINT else Stopped("stopped by SIGTERM", START_OVER))
+        signal.signal(number, before[signal.Signals(number)])
 
-    def on_terminate(number: int, frame: FrameType | None) -> None:
-        raise Stopped("stopped by SIGTERM")
-
-    before = {signal.SIGINT: on_interrupt, signal.SIGTERM: on_terminate}
-    previous = {number: signal.signal(number, handler) for number, handler in before.items()}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        yield lambda: noted[0] if noted else None
     finally:
-        for number, handler in previous.items():
+        for number, handler in before.items():
             signal.signal(number, handler)

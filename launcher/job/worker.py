@@ -22,7 +22,12 @@ STORE_TIMEOUT = timedelta(minutes=5)
 
 def worker_options(plan: Plan) -> dict[str, Any]:
     """What Ray gives each worker. `control` lets it answer while it trains."""
-    return {"num_cpus": 1, "num_gpus": 1 if plan.layout.accelerator == "cuda" else 0, "max_restarts": 0, "concurrency_groups": {"control": 2}}
+    return {
+        "num_cpus": 1,
+        "num_gpus": 1 if plan.layout.accelerator == "cuda" else 0,
+        "max_restarts": 0,
+        "concurrency_groups": {"control": 2},
+    }
 
 
 class Worker:
@@ -32,21 +37,17 @@ class Worker:
         self.folder, self.rank = RunFolder(Path(run_dir)), rank
         self.events: collections.deque[Event] = collections.deque()
         self.stop = threading.Event()
-        self.store: Any = None
+        self.listener: socket.socket | None = None
         log = os.open(self.folder.log(rank), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         for stream, number in ((sys.stdout, 1), (sys.stderr, 2)):
             stream.flush()
             os.dup2(log, number)
         os.close(log)
 
-    def open_store(self, world_size: int) -> tuple[str, int]:
-        """Rank 0's meeting place for the group. Bound before it is told to anyone, and to loopback only."""
-        import torch.distributed as dist
-
-        listener = socket.create_server(("127.0.0.1", 0))
-        host, port = listener.getsockname()
-        self.store = dist.TCPStore(host, port, world_size, is_master=True, wait_for_workers=False,
-                                   timeout=STORE_TIMEOUT, master_listen_fd=listener.detach())  # fmt: skip
+    def reserve_address(self) -> tuple[str, int]:
+        """Where the group meets, on rank 0: bound before it is told to anyone, and to loopback only."""
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        host, port = self.listener.getsockname()
         return host, port
 
     def train(self, plan_path: str, address: tuple[str, int]) -> None:
@@ -54,13 +55,9 @@ class Worker:
         plan = load_plan(Path(plan_path))
         self._set_environment(plan, address)
         try:
-            if self.store is None:
-                import torch.distributed as dist
-
-                self.store = dist.TCPStore(*address, plan.layout.world_size, is_master=False, timeout=STORE_TIMEOUT)
             side: Any = importlib.import_module(TRAINING_SIDE)
             local_rank = self.rank % plan.layout.workers_per_node
-            me = side.Rank(rank=self.rank, local_rank=local_rank, world_size=plan.layout.world_size, store=self.store)
+            me = side.Rank(rank=self.rank, local_rank=local_rank, world_size=plan.layout.world_size, store=self._open_store(plan, address))
             side.run_rank(plan, me, show=self.events.append, stop_asked=self.stop.is_set)
         except BaseException:
             traceback.print_exc()
@@ -68,6 +65,22 @@ class Worker:
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
+
+    def _open_store(self, plan: Plan, address: tuple[str, int]) -> Any:
+        """The group's key-value store: rank 0 serves it on the socket it reserved."""
+        dist: Any = importlib.import_module("torch.distributed")
+        host, port = address
+        if self.listener is None:
+            return dist.TCPStore(host, port, plan.layout.world_size, is_master=False, timeout=STORE_TIMEOUT)
+        return dist.TCPStore(
+            host,
+            port,
+            plan.layout.world_size,
+            is_master=True,
+            wait_for_workers=False,
+            timeout=STORE_TIMEOUT,
+            master_listen_fd=self.listener.detach(),
+        )
 
     def take_events(self) -> list[Event]:
         """What rank 0 reported since the last call."""

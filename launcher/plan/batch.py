@@ -22,7 +22,9 @@ class BatchPlan:
     seq_len: int
 
 
-def make_batch(*, global_batch_size: int, micro_batch_size: int | str, ranks: int, seq_len: int, accelerator: str, fits: Callable[[int], bool]) -> BatchPlan:
+def make_batch(
+    *, global_batch_size: int, micro_batch_size: int | str, ranks: int, seq_len: int, accelerator: str, fits: Callable[[int], bool]
+) -> BatchPlan:
     """The batch plan; `fits` says whether a micro-batch fits the memory. Raises RecipeError if it does not divide."""
     if global_batch_size % ranks:
         near = sorted({max(ranks, global_batch_size // ranks * ranks), -(-global_batch_size // ranks) * ranks})

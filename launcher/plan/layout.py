@@ -52,7 +52,9 @@ def make_layout(recipe: Recipe, cluster: Cluster) -> tuple[Layout, list[str]]:
         attention = "flash_attention_2" if cuda and dtype != "fp32" and _installed("flash_attn") else "sdpa"
         notes.append(f"attention: {attention}" + ("" if attention != "sdpa" or not cuda else " (flash_attn is not installed)"))
     elif attention == "flash_attention_2" and not cuda:
-        raise RecipeError([Fault("plan", "model.attn_implementation", "flash_attention_2 needs a GPU, and this cluster has none", "use auto")])
+        raise RecipeError(
+            [Fault("plan", "model.attn_implementation", "flash_attention_2 needs a GPU, and this cluster has none", "use auto")]
+        )
     liger = recipe.model.liger_kernel
     if liger is True and not (cuda and _installed("liger_kernel")):
         missing = "a GPU, and this cluster has none" if not cuda else "the package liger-kernel"

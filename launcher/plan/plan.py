@@ -75,7 +75,10 @@ def load_plan(path: Path) -> Plan:
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a plan: {error}", "name a run folder that lepton-launch made") from None
     if facts.get("schema_version") != SCHEMA_VERSION:
-        raise DataError(f"{path} has plan schema {facts.get('schema_version')}, and this version reads {SCHEMA_VERSION}", "use the version that made the run")
+        raise DataError(
+            f"{path} has plan schema {facts.get('schema_version')}, and this version reads {SCHEMA_VERSION}",
+            "use the version that made the run",
+        )
     return Plan(
         recipe=Recipe.model_validate_json(json.dumps(facts["recipe"])),
         cluster=Cluster.model_validate_json(json.dumps(facts["cluster"])),
@@ -99,7 +102,9 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
     layout, notes = make_layout(recipe, cluster)
     trainable = count_trainable(recipe, shape)
     if trainable == 0:
-        raise RecipeError([Fault("plan", "method", f"trains no parameter of this {shape.model_type}", "check target_modules, last_layers or patterns")])
+        raise RecipeError(
+            [Fault("plan", "method", f"trains no parameter of this {shape.model_type}", "check target_modules, last_layers or patterns")]
+        )
     bucket = choose_bucket(trainable)
 
     def memory_of(micro: int) -> MemoryEstimate:
@@ -114,7 +119,9 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
         fits=lambda micro: memory_of(micro).total <= 0.9 * cluster.device_memory,
     )
     if recipe.batch.micro_batch_size == "auto":
-        notes.append(f"micro-batch: {batch.micro_batch_size} × {batch.gradient_accumulation_steps} accumulation on {layout.world_size} ranks")
+        notes.append(
+            f"micro-batch: {batch.micro_batch_size} × {batch.gradient_accumulation_steps} accumulation on {layout.world_size} ranks"
+        )
     if recipe.optim.name == "adafactor":
         notes.append("adafactor: ZeRO hands it flat partitions, so its second moment is not factored (4 bytes a parameter)")
     adapters = trainable if recipe.method.kind in ("lora", "qlora") else 0
@@ -125,7 +132,9 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
         layout=layout,
         batch=batch,
         memory=memory_of(batch.micro_batch_size),
-        deepspeed=make_deepspeed_config(layout, batch, max_grad_norm=recipe.optim.max_grad_norm, bucket=bucket, hidden_size=shape.hidden_size),
+        deepspeed=make_deepspeed_config(
+            layout, batch, max_grad_norm=recipe.optim.max_grad_norm, bucket=bucket, hidden_size=shape.hidden_size
+        ),
         num_params=shape.num_params + adapters,
         trainable_params=trainable,
         run_dir=run_dir,

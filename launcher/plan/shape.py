@@ -88,7 +88,14 @@ class ModelShape:
 def is_trained(name: str, num_layers: int, last_layers: int, patterns: tuple[str, ...]) -> bool:
     """Whether method `freeze` trains the parameter of this name."""
     parts = name.split(".")
-    layer = next((int(part) for before, part in zip(parts, parts[1:], strict=False) if before in ("layers", "h", "layer", "block") and part.isdigit()), None)
+    layer = next(
+        (
+            int(part)
+            for before, part in zip(parts, parts[1:], strict=False)
+            if before in ("layers", "h", "layer", "block") and part.isdigit()
+        ),
+        None,
+    )
     in_last = layer is not None and layer >= num_layers - last_layers
     return in_last or any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -132,7 +139,9 @@ def _shape_of_config(config: dict[str, Any], path: Path) -> ModelShape:
     template_files = ("chat_template.jinja", "chat_template.json")
     folder = path.parent
     tokenizer = folder / "tokenizer_config.json"
-    has_template = any((folder / name).is_file() for name in template_files) or (tokenizer.is_file() and '"chat_template"' in tokenizer.read_text(encoding="utf-8"))
+    has_template = any((folder / name).is_file() for name in template_files) or (
+        tokenizer.is_file() and '"chat_template"' in tokenizer.read_text(encoding="utf-8")
+    )
     return ModelShape(
         model_type=str(config.get("model_type", "unknown")),
         hidden_size=hidden,

@@ -38,7 +38,9 @@ def locate_model(name_or_path: str, base_dir: str) -> ModelSource:
             return _check_path(path)
     if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name_or_path) and not name_or_path.startswith(".") and not name_or_path.endswith(".gguf"):
         return ModelSource(kind="hub", path=name_or_path)
-    raise ModelError(f"model.name_or_path: no file or folder {name_or_path}", f"a relative path is looked for in {base_dir} and in {Path.cwd()}")
+    raise ModelError(
+        f"model.name_or_path: no file or folder {name_or_path}", f"a relative path is looked for in {base_dir} and in {Path.cwd()}"
+    )
 
 
 def _find_in_package(url: str) -> Path:
@@ -50,19 +52,29 @@ def _find_in_package(url: str) -> Path:
     for location in spec.submodule_search_locations:
         if (Path(location) / inner).exists():
             return Path(location) / inner
-    names = sorted(p.name for location in spec.submodule_search_locations for p in Path(location).iterdir() if p.suffix == ".gguf" or p.is_dir())
-    raise ModelError(f"model.name_or_path: package {package} has no {inner!r}", f"it has: {', '.join(n for n in names if not n.startswith('_'))}")
+    names = sorted(
+        p.name for location in spec.submodule_search_locations for p in Path(location).iterdir() if p.suffix == ".gguf" or p.is_dir()
+    )
+    raise ModelError(
+        f"model.name_or_path: package {package} has no {inner!r}", f"it has: {', '.join(n for n in names if not n.startswith('_'))}"
+    )
 
 
 def _check_path(path: Path) -> ModelSource:
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"model.name_or_path: {path} is a file, and not a .gguf", "name the folder that holds config.json and *.safetensors")
+            raise ModelError(
+                f"model.name_or_path: {path} is a file, and not a .gguf", "name the folder that holds config.json and *.safetensors"
+            )
         return ModelSource(kind="gguf", path=str(path.resolve()))
     if not (path / "config.json").is_file():
         raise ModelError(f"model.name_or_path: {path} has no config.json", "name a folder in the transformers layout, or a .gguf file")
     if not any(path.glob("*.safetensors")):
         others = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)]
-        hint = f"only safetensors is read, and it holds {others[0]} (pickle): convert it first" if others else "download the weights (*.safetensors) too"
+        hint = (
+            f"only safetensors is read, and it holds {others[0]} (pickle): convert it first"
+            if others
+            else "download the weights (*.safetensors) too"
+        )
         raise ModelError(f"model.name_or_path: {path} has no weights (*.safetensors)", hint)
     return ModelSource(kind="folder", path=str(path.resolve()))

@@ -29,7 +29,9 @@ def measure_loss(engine: Any, batches: Iterable[dict[str, torch.Tensor]]) -> tup
 
 
 @torch.no_grad()
-def answer_prompts(engine: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], *, max_new_tokens: int, sharded: bool) -> list[str]:
+def answer_prompts(
+    engine: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], *, max_new_tokens: int, sharded: bool
+) -> list[str]:
     """Greedy answers, prompt i made by rank i mod ranks, known to all ranks.
 
     Under ZeRO-3 (`sharded`) every rank takes part in each forward pass, also one that has finished its answer.
@@ -57,7 +59,11 @@ def _answer(engine: Any, tokenizer: PreTrainedTokenizerFast, prompt: str, max_ne
     else:
         encoded = tokenizer(prompt, return_tensors="pt")
     greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens, do_sample=False, use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     ids_BS = encoded["input_ids"].to(engine.device)
     written = engine.module.generate(

@@ -88,7 +88,9 @@ def _save_adapter(model: Any, plan: Plan, weights: dict[str, torch.Tensor], fold
     folder.mkdir(parents=True)
     from safetensors.torch import save_file
 
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {name: tensor.contiguous() for name, tensor in state.items()}, folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
     config.save_pretrained(folder)
 
 

@@ -14,10 +14,22 @@ TABLE: tuple[tuple[Callable[[BaseException], bool], type[LauncherError], str], .
     (lambda e: type(e).__name__ in ("OutOfMemoryError", "MemoryError"), OutOfMemory, SMALLER),
     (lambda e: isinstance(e, RuntimeError) and "allocate memory" in str(e), OutOfMemory, SMALLER),
     (lambda e: isinstance(e, RuntimeError) and "CUDA out of memory" in str(e), OutOfMemory, SMALLER),
-    (lambda e: isinstance(e, OSError) and e.errno == errno.ENOSPC, DataError, "the disk is full: free space there, or set output_dir elsewhere"),
-    (lambda e: type(e).__name__ == "SafetensorError" and "No space left" in str(e), DataError, "the disk is full: free space there, or set output_dir elsewhere"),
+    (
+        lambda e: isinstance(e, OSError) and e.errno == errno.ENOSPC,
+        DataError,
+        "the disk is full: free space there, or set output_dir elsewhere",
+    ),
+    (
+        lambda e: type(e).__name__ == "SafetensorError" and "No space left" in str(e),
+        DataError,
+        "the disk is full: free space there, or set output_dir elsewhere",
+    ),
     (lambda e: type(e).__name__ == "SafetensorError", ModelError, "the weights are damaged: download them again"),
-    (lambda e: type(e).__name__ in ("GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundError"), ModelError, "check model.name_or_path, model.revision and HF_TOKEN"),
+    (
+        lambda e: type(e).__name__ in ("GatedRepoError", "RepositoryNotFoundError", "RevisionNotFoundError"),
+        ModelError,
+        "check model.name_or_path, model.revision and HF_TOKEN",
+    ),
 )
 """What an error looks like, what it is here, and what to do. The first that matches counts."""
 

@@ -13,6 +13,7 @@ from launcher.cluster import find_host_memory
 from launcher.errors import DataError, ModelError
 from launcher.plan import Plan, load_plan
 from launcher.recipe import Lora, QLora
+from launcher.progress import printable
 from launcher.run import RunFolder
 from launcher.train.model import TORCH_DTYPE, load_base, prepare_weights
 from launcher.units import DTYPE_BYTES
@@ -174,7 +175,11 @@ def make_streamer(tokenizer: PreTrainedTokenizerFast) -> Any:
     """Prints an answer to stdout word by word."""
     from transformers import TextStreamer
 
-    return TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    class PrintableStreamer(TextStreamer):  # type: ignore[misc, unused-ignore]  # transformers is not imported for types
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            print(printable(text), end="\n" if stream_end else "", flush=True)
+
+    return PrintableStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
 
 
 def quiet_libraries() -> None:

@@ -34,7 +34,9 @@ def apply_method(model: PreTrainedModel, plan: Plan) -> torch.nn.Module:
         if parameter.requires_grad and parameter.dtype != TORCH_DTYPE[layout.dtype]:
             parameter.data = parameter.data.to(TORCH_DTYPE[layout.dtype])
     if not any(parameter.requires_grad for parameter in trained.parameters()):
-        raise ModelError(f"method {method.kind} trains none of the model's parameters", f"names look like {next(iter(model.named_parameters()))[0]}")
+        raise ModelError(
+            f"method {method.kind} trains none of the model's parameters", f"names look like {next(iter(model.named_parameters()))[0]}"
+        )
     if layout.gradient_checkpointing:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if layout.leaf_modules:
@@ -65,7 +67,9 @@ def _add_adapters(model: PreTrainedModel, method: Lora | QLora) -> torch.nn.Modu
         return adapted
     except ValueError as error:
         linear = sorted({name.split(".")[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)})
-        raise ModelError(f"method.target_modules: {str(error).splitlines()[0]}", f"this model's linear layers: {', '.join(linear)}") from None
+        raise ModelError(
+            f"method.target_modules: {str(error).splitlines()[0]}", f"this model's linear layers: {', '.join(linear)}"
+        ) from None
 
 
 def find_decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:

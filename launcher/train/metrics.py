@@ -14,7 +14,9 @@ from launcher.plan import Plan
 from launcher.run import Event, RunFolder
 
 
-def open_report(plan: Plan, folder: RunFolder, rank: int, show: Callable[[Event], None]) -> tuple[Callable[[Event], None], Callable[[], None]]:
+def open_report(
+    plan: Plan, folder: RunFolder, rank: int, show: Callable[[Event], None]
+) -> tuple[Callable[[Event], None], Callable[[], None]]:
     """`report(event)` and `close()`; both do nothing on other ranks than 0."""
     if rank != 0:
         return (lambda event: None), (lambda: None)

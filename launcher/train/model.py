@@ -36,9 +36,14 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=plan.recipe.model.trust_remote_code, **where)
     except (OSError, ValueError) as error:
-        raise ModelError(f"no tokenizer in {folder}: {_first_line(error)}", "put tokenizer.json and tokenizer_config.json beside the weights") from None
+        raise ModelError(
+            f"no tokenizer in {folder}: {_first_line(error)}", "put tokenizer.json and tokenizer_config.json beside the weights"
+        ) from None
     if not tokenizer.is_fast:
-        raise ModelError(f"the tokenizer of {folder} is a slow one, without offsets", "convert it to tokenizer.json (transformers: convert_slow_tokenizer)")
+        raise ModelError(
+            f"the tokenizer of {folder} is a slow one, without offsets",
+            "convert it to tokenizer.json (transformers: convert_slow_tokenizer)",
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -112,14 +117,19 @@ def load_base(plan: Plan, device: str) -> PreTrainedModel:
         with _zero_init(plan):
             model, loading = AutoModelForCausalLM.from_pretrained(weights_path(plan), output_loading_info=True, **options)
     except (OSError, ValueError) as error:
-        raise ModelError(f"{recipe.model.name_or_path} does not load: {_first_line(error)}", "check the folder, the revision and model.trust_remote_code") from error
+        raise ModelError(
+            f"{recipe.model.name_or_path} does not load: {_first_line(error)}", "check the folder, the revision and model.trust_remote_code"
+        ) from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
-        raise ModelError(f"{recipe.model.name_or_path} lacks {len(missing)} weights of its architecture, {missing[0]} among them", "the download is incomplete, or it is not a language model")
+        raise ModelError(
+            f"{recipe.model.name_or_path} lacks {len(missing)} weights of its architecture, {missing[0]} among them",
+            "the download is incomplete, or it is not a language model",
+        )
     model.config.use_cache = False
     if isinstance(recipe.method, QLora):
         _keep_packing(model)
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _keep_packing(model: torch.nn.Module) -> None:

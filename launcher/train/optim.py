@@ -13,11 +13,12 @@ from launcher.recipe import Optim, Schedule
 
 def make_param_groups(model: torch.nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Trained parameters in two groups: matrices decay; norms, biases and other vectors do not."""
-    decayed, spared = [], []
+    decayed: list[torch.nn.Parameter] = []
+    spared: list[torch.nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
             (decayed if _rank(parameter) > 1 else spared).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": decayed, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
@@ -47,7 +48,9 @@ def build_optimizer(groups: list[dict[str, Any]], optim: Optim) -> torch.optim.O
     elif optim.name == "lion_8bit":
         made = bnb.optim.Lion8bit(groups, lr=lr, betas=betas)
     else:
-        kind = {"adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw": bnb.optim.PagedAdamW, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}[optim.name]
+        kind = {"adamw_8bit": bnb.optim.AdamW8bit, "paged_adamw": bnb.optim.PagedAdamW, "paged_adamw_8bit": bnb.optim.PagedAdamW8bit}[
+            optim.name
+        ]
         made = kind(groups, lr=lr, betas=betas, eps=eps)
     return made
 

@@ -13,7 +13,7 @@ from launcher import __version__
 from launcher.plan import Plan
 from launcher.plan.describe import describe_plan
 from launcher.plan.source import PACKAGE_SCHEME, ModelSource, locate_model
-from launcher.progress import Summary, describe_change, format_loss, format_perplexity, make_summary
+from launcher.progress import Summary, describe_change, format_loss, format_perplexity, make_summary, printable
 from launcher.recipe import Lora, QLora
 from launcher.run import Event, RunFolder, read_events
 from launcher.units import format_bytes, format_count, format_duration
@@ -211,7 +211,7 @@ def make_usage(plan: Plan, *, adapter: bool) -> str:
     source = locate_model(plan.recipe.model.name_or_path, plan.base_dir)
     options = [f"dtype={dtype}"]
     if plan.recipe.model.name_or_path.startswith(PACKAGE_SCHEME):
-        lines.insert(0, "import importlib.resources")
+        lines.insert(0, "import importlib.util")
     if source.kind == "gguf":
         lines[-1] = "from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig"
         options += [f"gguf_file={Path(source.path).name!r}", "quantization_config=GgufConfig(dequantize=True)"]
@@ -235,8 +235,10 @@ def _place_code(plan: Plan, source: ModelSource) -> str:
     if not name.startswith(PACKAGE_SCHEME):
         return repr(source.path if source.kind == "hub" else str(source.folder))
     package, _, inner = name.removeprefix(PACKAGE_SCHEME).partition("/")
-    parts = [f"importlib.resources.files({package!r})", *(repr(part) for part in Path(inner).parent.parts)]
-    return f"str({' / '.join(parts)})"
+    parent = Path(inner).parent
+    # Found, not imported: what the package itself imports may be missing.
+    root = f"importlib.util.find_spec({package!r}).submodule_search_locations[0]"
+    return root if parent == Path(".") else f"{root} + {'/' + str(parent)!r}"
 
 
 def _quantization_code(method: QLora, dtype: str) -> str:
@@ -281,7 +283,7 @@ def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
 
 def _cell(text: str) -> str:
     """Text that cannot break out of a Markdown table's cell."""
-    escaped = text.strip().replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    escaped = printable(text).strip().replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
     return "<br>".join(escaped.splitlines())
 
 

@@ -1,6 +1,6 @@
 """One rank of a run, from plan.json to the exported model. Under torchrun:
 
-    torchrun --nproc-per-node 2 -m launcher.train.worker RUN/plan.json
+torchrun --nproc-per-node 2 -m launcher.train.worker RUN/plan.json
 """
 
 from __future__ import annotations
@@ -195,7 +195,9 @@ class _Held:
         if not wanted.samples:
             return
         self.report({"event": "phase", "name": "answering sample prompts"})
-        answers = answer_prompts(self.engine, self.tokenizer, wanted.samples, max_new_tokens=wanted.max_new_tokens, sharded=self.plan.layout.zero_stage == 3)
+        answers = answer_prompts(
+            self.engine, self.tokenizer, wanted.samples, max_new_tokens=wanted.max_new_tokens, sharded=self.plan.layout.zero_stage == 3
+        )
         pairs = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(wanted.samples, answers, strict=True)]
         self.report({"event": "samples", "when": when, "answers": pairs})
 
@@ -275,7 +277,9 @@ def main() -> None:
     plan = load_plan(Path(sys.argv[1]))
     me = Rank(rank=int(os.environ["RANK"]), local_rank=int(os.environ["LOCAL_RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
     if me.world_size != plan.layout.world_size:
-        raise DataError(f"torchrun started {me.world_size} ranks, and the plan is for {plan.layout.world_size}", "make the plan again with --workers")
+        raise DataError(
+            f"torchrun started {me.world_size} ranks, and the plan is for {plan.layout.world_size}", "make the plan again with --workers"
+        )
     display = make_display()
     try:
         run_rank(plan, me, show=display.show, stop_asked=lambda: False)
