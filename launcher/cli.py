@@ -98,6 +98,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=r"Fine-tune a language model from a YAML recipe: lepton-launch RECIPE \[section.key=value ...]",
+    epilog="Start with: lepton-launch quickstart. What this machine can do: lepton-launch doctor.",
 )
 recipes_app = typer.Typer(
     help="List, show and copy the recipes that ship, or print the JSON Schema for editors.",
@@ -117,7 +118,7 @@ def main() -> None:
 
 RecipeArgument = Annotated[str, typer.Argument(metavar="RECIPE", help="A YAML file, or the name of a shipped recipe.", show_default=False)]
 OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[section.key=value ...]", help="Changes to the recipe.", show_default=False)
+    list[str] | None, typer.Argument(metavar="section.key=value", help="Changes to the recipe.", show_default=False)
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one in runs/.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout, errors too.")]
@@ -413,7 +414,7 @@ def recipes_show(name: str) -> None:
 def recipes_copy(
     name: str,
     destination: Annotated[
-        Path, typer.Argument(metavar="[DEST]", help="A folder, or a .yaml file to call the copy.", show_default=False)
+        Path, typer.Argument(metavar="DEST", help="A folder, or a .yaml file to call the copy.", show_default=False)
     ] = Path("."),
 ) -> None:
     """Copy a recipe with the data it names, to change it and run it."""

@@ -154,8 +154,9 @@ def test_loss_of_random_conversations_is_exact(tmp_path: Path, tokenizer: PreTra
 def test_white_space_counts_where_the_tokenizer_trims_offsets(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     trimming = copy.deepcopy(tokenizer)
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as GPT-2's and Llama 3's
-    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a\n\n\n\tb  \n"}]
-    assert read_targets(load(tmp_path, [{"messages": messages}], trimming), 0, tokenizer) == ["a\n\n\n\tb  \n<|im_end|>"]
+    trimming.chat_template = None
+    row = {"prompt": "q\n", "completion": "a\n\n\n\tb  \n\n"}
+    assert read_targets(load(tmp_path, [row], trimming), 0, tokenizer) == ["a\n\n\n\tb  \n\n<|im_end|>"]
 
 
 def test_system_prompt_is_rendered(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -12,8 +12,8 @@ import torch
 from launcher.cluster import find_host_memory
 from launcher.errors import DataError, ModelError
 from launcher.plan import Plan, load_plan
-from launcher.recipe import Lora, QLora
 from launcher.progress import printable
+from launcher.recipe import Lora, QLora
 from launcher.run import RunFolder
 from launcher.train.model import TORCH_DTYPE, load_base, prepare_weights
 from launcher.units import DTYPE_BYTES
