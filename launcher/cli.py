@@ -183,37 +183,17 @@ def _locate_recipe(name_or_path: str) -> Path:
         raise
 
 
-def _choose_cluster(file: Path | None, nodes: int | None, workers: int | None, accelerator: str | None) -> Cluster:
+def _choose_cluster(file: Path | None, nodes: int | None, workers: int | None, accelerator: Literal["cpu", "cuda"] | None) -> Cluster:
     """The cluster of the file or of this machine, with what the command line asks for. Raises ClusterError."""
     from launcher.cluster import find_local_cluster, load_cluster
 
-    cluster = load_cluster(file) if file else find_local_cluster(workers)
-    changes: dict[str, Any] = {"nodes": nodes} if nodes else {}
-    if workers and file:
-        changes["workers_per_node"] = workers
-    if accelerator == "cuda" and cluster.accelerator == "cpu":
-        raise ClusterError(f"--accelerator cuda: {cluster.name} has no GPU ({_why_no_gpu() if not file else f'{file} says cpu'})",
-                           "drop --accelerator to train on the CPU, or run lepton-launch doctor to see what is here")  # fmt: skip
-    if accelerator == "cpu" and cluster.accelerator == "cuda":
-        count = workers or min(2, cluster.cpus_per_node)
-        changes |= {
-            "accelerator": "cpu",
-            "device_name": "CPU",
-            "bf16": False,
-            "workers_per_node": count,
-            "device_memory": cluster.host_memory // count,
-        }
-    return cluster.model_copy(update=changes)
-
-
-def _why_no_gpu() -> str:
-    import os
-    import shutil
-
-    if shutil.which("nvidia-smi") is None:
-        return "nvidia-smi is not on the PATH, so no NVIDIA driver is installed"
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return "nvidia-smi lists none" if visible is None else f"nvidia-smi lists none that CUDA_VISIBLE_DEVICES={visible!r} allows"
+    cluster = load_cluster(file) if file else find_local_cluster(workers, accelerator)
+    if accelerator and accelerator != cluster.accelerator:
+        raise ClusterError(
+            f"--accelerator {accelerator}: {file} says {cluster.accelerator}", "change the cluster file, or drop --accelerator"
+        )
+    changes = {"nodes": nodes, "workers_per_node": workers}
+    return cluster.model_copy(update={name: value for name, value in changes.items() if value})
 
 
 def _make_checked_plan(path: Path, overrides: tuple[str, ...], cluster: Cluster) -> Plan:

@@ -13,7 +13,7 @@ from typing import Literal
 
 from pydantic import PositiveInt
 
-from launcher.errors import RecipeError
+from launcher.errors import ClusterError, RecipeError
 from launcher.schema import Spec, check_document, load_document
 from launcher.units import MIB
 
@@ -53,12 +53,18 @@ def load_cluster(path: Path) -> Cluster:
     return cluster
 
 
-def find_local_cluster(workers: int | None = None) -> Cluster:
+def find_local_cluster(workers: int | None = None, accelerator: Accelerator | None = None) -> Cluster:
     """This machine: one worker a GPU, or, without one, two CPU workers that share the cores.
 
-    Two, so that what is tried on a laptop is the distributed run.
+    Two, so that what is tried on a laptop is the distributed run. Raises ClusterError for a GPU that is not there.
     """
-    gpus = find_gpus()
+    gpus = [] if accelerator == "cpu" else find_gpus()
+    if accelerator == "cuda" and not gpus:
+        raise ClusterError(f"no GPU was found ({_why_no_gpu()})", "train on the CPU, or run lepton-launch doctor to see what is here")
+    if gpus and workers and workers > len(gpus):
+        raise ClusterError(
+            f"{workers} workers were asked for, and there are {len(gpus)} GPUs", f"use at most {len(gpus)}, or --accelerator cpu"
+        )
     cores, memory = len(os.sched_getaffinity(0)), find_host_memory()
     if gpus:
         name, device_memory, capability = gpus[0]
@@ -85,6 +91,13 @@ def find_gpus() -> list[tuple[str, int, float]]:
         if allowed is None or index in allowed or any(uuid.startswith(part) for part in allowed):
             gpus.append((name, int(mebibytes) * MIB, float(capability)))
     return gpus
+
+
+def _why_no_gpu() -> str:
+    if shutil.which("nvidia-smi") is None:
+        return "nvidia-smi is not on the PATH, so no NVIDIA driver is installed"
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return "nvidia-smi lists none" if visible is None else f"nvidia-smi lists none that CUDA_VISIBLE_DEVICES={visible!r} allows"
 
 
 def find_host_memory() -> int:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from launcher.errors import Fault, RecipeError
-from launcher.schema import Document, Spec, check_document, load_document
+from launcher.schema import Document, Spec, check_document, find_tagged, load_document
 
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -143,7 +143,7 @@ class Data(Spec):
     chat_template: str | None = None
     """A Jinja chat template (the text, or a path) in place of the tokenizer's."""
 
-    @field_validator("train", "eval", mode="before")
+    @field_validator("train", "eval", mode="before", json_schema_input_type=str | Source | tuple[str | Source, ...])
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         many = value if isinstance(value, list | tuple) else [value]
@@ -278,7 +278,7 @@ class Recipe(Spec):
 
 def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
     """The recipe of a YAML file with `section.key=value` overrides. Raises RecipeError with every fault."""
-    document = load_document(path, overrides)
+    document = load_document(path, overrides, tagged=find_tagged(Recipe))
     recipe, faults = check_document(Recipe, document)
     faults += [
         Fault(document.locate(tuple(key.split("."))), key, problem, remedy)
@@ -348,7 +348,7 @@ def _check_parallel(parallel: Parallel, method: Any, optim: Optim) -> Iterator[C
     if parallel.offload_optimizer and optim.name not in ("adamw", "sgd", "adafactor"):
         yield (
             "optim.name",
-            f"{optim.name} is a GPU optimizer of bitsandbytes, and parallel.offload_optimizer keeps its states on the CPU",
+            f"{optim.name} is bitsandbytes', made for states in GPU memory, and parallel.offload_optimizer moves them to the host",
             "use adamw, or drop the offload: 8-bit states are already four times smaller",
         )
 
@@ -384,4 +384,6 @@ def make_json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["properties"]["extends"] = {"type": "string", "description": "Another recipe that this one is laid over."}
+    # What a recipe leaves out, the one it extends may hold.
+    schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["extends"]}]
     return schema

@@ -24,7 +24,7 @@ T = TypeVar("T", bound="Spec")
 class Spec(BaseModel):
     """A section of a file that a person writes: frozen, typed strictly, unknown keys refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +43,18 @@ class Document:
         return f"{self.path}:1"
 
 
-def load_document(path: Path, overrides: tuple[str, ...] = ()) -> Document:
-    """Read a YAML 1.2 file, the files it `extends`, and `section.key=value` overrides, in that order."""
-    document = _load_file(path, ())
+def load_document(path: Path, overrides: tuple[str, ...] = (), *, tagged: frozenset[Key] = frozenset()) -> Document:
+    """Read a YAML 1.2 file, the files it `extends`, and `section.key=value` overrides, in that order.
+
+    `tagged` are the keys of sections that `kind` tells apart (`find_tagged`): where it changes, the base's keys make no sense.
+    """
+    document = _load_file(path, (), tagged)
     for override in overrides:
         document = _apply_override(document, override)
     return document
 
 
-def _load_file(path: Path, extended_by: tuple[Path, ...]) -> Document:
+def _load_file(path: Path, extended_by: tuple[Path, ...], tagged: frozenset[Key]) -> Document:
     if path.resolve() in extended_by:
         chain = " → ".join(str(p) for p in (*extended_by, path.resolve()))
         raise RecipeError([Fault(f"{path}:1", "extends", f"a file extends itself: {chain}", "break the circle")])
@@ -65,17 +68,19 @@ def _load_file(path: Path, extended_by: tuple[Path, ...]) -> Document:
     base_path = path.parent / base_name
     if not base_path.is_file():
         raise RecipeError([Fault(line, "extends", f"no file {base_path}", "the path is relative to this recipe")])
-    base = _load_file(base_path, (*extended_by, path.resolve()))
-    return Document(str(path), *_merge(base, data, where))
+    base = _load_file(base_path, (*extended_by, path.resolve()), tagged)
+    return Document(str(path), *_merge(base, data, where, tagged))
 
 
-def _merge(base: Document, data: dict[str, Any], where: dict[Key, str]) -> tuple[dict[str, Any], dict[Key, str]]:
-    """`data` laid over `base`, mapping by mapping; a section whose `kind` changes is replaced whole."""
+def _merge(
+    base: Document, data: dict[str, Any], where: dict[Key, str], tagged: frozenset[Key]
+) -> tuple[dict[str, Any], dict[Key, str]]:
+    """`data` laid over `base`, mapping by mapping; a tagged section whose `kind` changes is replaced whole."""
     merged_where = dict(base.where)
 
     def overlay(old: Any, new: Any, key: Key) -> Any:
-        same_kind = isinstance(old, dict) and isinstance(new, dict) and new.get("kind", old.get("kind")) == old.get("kind")
-        if not same_kind:
+        both = isinstance(old, dict) and isinstance(new, dict)
+        if not both or (key in tagged and new.get("kind", old.get("kind")) != old.get("kind")):
             for stale in [k for k in merged_where if k[: len(key)] == key]:
                 del merged_where[stale]
             return new
@@ -87,6 +92,7 @@ def _merge(base: Document, data: dict[str, Any], where: dict[Key, str]) -> tuple
 
 def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     from ruamel.yaml import YAML
+    from ruamel.yaml.constructor import DuplicateKeyError
     from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
     try:
@@ -98,24 +104,35 @@ def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
     yaml = YAML(typ="rt", pure=True)
     try:
         tree = yaml.load(text)
-    except MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        problem = " ".join((error.problem or "syntax error").split())
-        raise RecipeError([Fault(f"{path}:{line}", "", f"not YAML: {problem}", "check indentation, colons and quotes")]) from None
     except YAMLError as error:
-        raise RecipeError([Fault(f"{path}:1", "", f"not YAML: {' '.join(str(error).split())}")]) from None
+        mark = error.problem_mark if isinstance(error, MarkedYAMLError) else None
+        remedy = "keep one of the two" if isinstance(error, DuplicateKeyError) else "check indentation, colons and quotes"
+        raise RecipeError([Fault(f"{path}:{mark.line + 1 if mark else 1}", "", f"not YAML: {_problem_of(error)}", remedy)]) from None
     if not isinstance(tree, dict) or not tree:
-        what = "empty" if tree is None or tree == {} else f"a {type(tree).__name__}, not a mapping of sections"
+        what = "empty" if tree is None or tree == {} else f"{_yaml_kind(tree)}, not a mapping of sections"
         raise RecipeError([Fault(f"{path}:1", "", f"the file is {what}", "start from: lepton-launch recipes show quickstart")])
     where: dict[Key, str] = {(): f"{path}:1"}
     return _plain(tree, (), where, path), where
+
+
+def _problem_of(error: Any) -> str:
+    """What a YAML error complains of, in one line."""
+    return " ".join((getattr(error, "problem", None) or str(error) or "syntax error").split())
+
+
+def _yaml_kind(value: Any) -> str:
+    for kind, name in ((dict, "a mapping"), (list, "a list"), (bool, "a boolean"), (int, "a number"), (float, "a number")):
+        if isinstance(value, kind):
+            return name
+    return "text"
 
 
 def _plain(node: Any, key: Key, where: dict[Key, str], path: Path) -> Any:
     """ruamel's round-trip tree as plain dicts and lists, noting each key's line."""
     children: list[tuple[str | int, int, Any]] = []
     if isinstance(node, dict):
-        children = [(str(name), node.lc.key(name)[0], value) for name, value in node.items()]  # type: ignore[attr-defined]
+        lines = node.lc.data or {}  # type: ignore[attr-defined]  # a key that a merge (<<) brought in has none
+        children = [(str(name), lines.get(name, (node.lc.line,))[0], value) for name, value in node.items()]  # type: ignore[attr-defined]
     elif isinstance(node, list):
         children = [(index, node.lc.item(index)[0], value) for index, value in enumerate(node)]  # type: ignore[attr-defined]
     plain = []
@@ -145,21 +162,29 @@ def _apply_override(document: Document, override: str) -> Document:
     try:
         value = _plain(YAML(typ="rt", pure=True).load(text), (), {}, Path(where))
     except YAMLError as error:
-        raise RecipeError([Fault(where, name, f"{text!r} is not YAML: {' '.join(str(error).split())}")]) from None
+        raise RecipeError([Fault(where, name, f"{text!r} is not YAML: {_problem_of(error)}", "quote it twice: 'key=\"value\"'")]) from None
     key: Key = tuple(int(part) if part.isdigit() else part for part in name.split("."))
-    data = _with_value(document.data, key, value)
+    data = _with_value(document.data, key, value, ())
     kept = {k: v for k, v in document.where.items() if k[: len(key)] != key}
     return Document(document.path, data, kept | {key: where})
 
 
-def _with_value(node: Any, key: Key, value: Any) -> Any:
+def _with_value(node: Any, key: Key, value: Any, above: Key) -> Any:
+    """`node`, which stands at `above`, with the value at `key` below it. Raises RecipeError where there is no such place."""
     if not key:
         return value
     head, rest = key[0], key[1:]
-    if isinstance(node, list) and isinstance(head, int) and head < len(node):
-        return [*node[:head], _with_value(node[head], rest, value), *node[head + 1 :]]
-    below = node if isinstance(node, dict) else {}
-    return below | {str(head): _with_value(below.get(str(head)), rest, value)}
+    here, wanted = ".".join(map(str, above)), ".".join(map(str, (*above, *key)))
+    if isinstance(node, list):
+        if not isinstance(head, int) or head >= len(node):
+            numbers = f"its items are {here}.0 to {here}.{len(node) - 1}; " if node else ""
+            problem = f"{here} is a list of {len(node)}, and {head!r} is none of its items"
+            raise RecipeError([Fault("command line", wanted, problem, f"{numbers}{here}=[...] replaces it")])
+        return [*node[:head], _with_value(node[head], rest, value, (*above, head)), *node[head + 1 :]]
+    if node is not None and not isinstance(node, dict):
+        raise RecipeError([Fault("command line", wanted, f"{here} is {_show(node)}, which has no keys", f"{here}=VALUE replaces it")])
+    below = node or {}
+    return below | {str(head): _with_value(below.get(str(head)), rest, value, (*above, head))}
 
 
 def check_document(spec: type[T], document: Document) -> tuple[T | None, list[Fault]]:
@@ -175,6 +200,8 @@ def _collect_faults(spec: type[Spec], document: Document, error: ValidationError
     """One fault a key; the branches of a union that failed are joined by "or"."""
     by_key: dict[Key, list[Any]] = {}
     for item in error.errors(include_url=False):
+        if item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
+            continue  # pydantic counts the valid items, and what is wrong with the others is told beside it
         by_key.setdefault(_data_key(item["loc"], document.data, item["type"]), []).append(item)
     return [_make_fault(spec, document, key, items) for key, items in by_key.items()]
 
@@ -199,40 +226,43 @@ def _make_fault(spec: type[Spec], document: Document, key: Key, items: list[Any]
     kinds = {item["type"] for item in items}
     if "extra_forbidden" in kinds:
         return Fault(where, dotted, "unknown key", _suggest(spec, document, key))
-    if kinds == {"missing"}:
-        return Fault(where, dotted, "is needed and is not there", _describe(spec, document, key))
     value = items[0]["input"]
+    if kinds == {"missing"}:
+        if isinstance(items[0]["loc"][-1], int):
+            return Fault(where, dotted, f"{_show(value)} has too few values", _describe(spec, document, key))
+        return Fault(where, dotted, "is needed and is not there", _describe(spec, document, key))
     if "union_tag_not_found" in kinds:
-        return Fault(
-            where,
-            f"{dotted}.kind",
-            "is needed and is not there",
-            f"one of {items[0]['ctx'].get('discriminator', 'kind')}: {_kinds(spec, document, key)}",
-        )
+        return Fault(where, f"{dotted}.kind", "is needed and is not there", f"one of: {_kinds(spec, document, key)}")
     if "union_tag_invalid" in kinds:
         tag = items[0]["ctx"]["tag"]
         near = difflib.get_close_matches(tag, _kinds(spec, document, key).split(", "), 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return Fault(
-            document.locate((*key, "kind")), f"{dotted}.kind", f"{tag!r} is not one of {_kinds(spec, document, key)}", hint.strip()
-        )
+        hint = f"did you mean {near[0]}?" if near else ""
+        return Fault(document.locate((*key, "kind")), f"{dotted}.kind", f"{tag!r} is not one of {_kinds(spec, document, key)}", hint)
     wants = " or ".join(dict.fromkeys(_want(item) for item in items))
-    shown = value if not isinstance(value, (dict, list)) else type(value).__name__
+    if kinds & {"model_type", "model_attributes_type"}:
+        wants = "should be a section: a mapping of keys"
     remedy = ""
     choices = [c for item in items if item["type"] == "literal_error" for c in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
     near = difflib.get_close_matches(str(value), [c.strip("'") for c in choices], 1)
     if near:
         remedy = f"did you mean {near[0]}?"
-    return Fault(where, dotted, f"{shown!r} {wants}", remedy or _describe(spec, document, key))
+    return Fault(where, dotted, f"{_show(value)} {wants}", remedy or _describe(spec, document, key))
+
+
+def _show(value: Any) -> str:
+    """A value as its YAML says it; what holds others by its kind."""
+    if isinstance(value, dict | list | tuple):
+        return "an empty list" if not value and not isinstance(value, dict) else _yaml_kind(list(value) if isinstance(value, tuple) else value)
+    return {None: "null", True: "true", False: "false"}.get(value, repr(value)) if value is None or isinstance(value, bool) else repr(value)
 
 
 def _want(item: Any) -> str:
     if item["type"] == "literal_error":
         return f"should be {item['ctx']['expected']}"
+    if item["type"] in ("too_short", "too_long"):
+        return f"should have at {'least' if item['type'] == 'too_short' else 'most'} {item['ctx'].get('min_length', item['ctx'].get('max_length'))}"
     message: str = item["msg"]
-    for prefix in ("Input ", "Value error, ", "Assertion failed, "):
-        message = message.removeprefix(prefix)
-    return message
+    return message[max(message.find("should"), 0) :].removeprefix("Value error, ")
 
 
 def _members(annotation: Any) -> list[Any]:
@@ -272,20 +302,37 @@ def _describe(spec: type[Spec], document: Document, key: Key) -> str:
         info = section.model_fields.get(str(key[-1])) if key else None
         if info is not None and info.description:
             return " ".join(info.description.split())
+        if info is not None and isinstance(info.annotation, type) and issubclass(info.annotation, Spec):
+            return (info.annotation.__doc__ or "").split("\n")[0]
     return ""
 
 
 def _suggest(spec: type[Spec], document: Document, key: Key) -> str:
-    """The nearest key of this section, else the section that has a key of this name, else all keys there are."""
-    name = str(key[-1])
-    here = [field for section in _specs_at(spec, document.data, key[:-1]) for field in section.model_fields]
+    """The kinds of this section that have the key, else the nearest key here, else the section that has it, else all keys."""
+    name, section_key = str(key[-1]), key[:-1]
+    sections = _specs_at(spec, document.data, section_key)
+    here = sorted({field for section in sections for field in section.model_fields})
+    if len(sections) == 1 and "kind" in here:
+        others = [s for s in _specs_at(spec, {}, section_key) if s is not sections[0] and name in s.model_fields]
+        kinds = [str(kind) for s in others for kind in get_args(s.model_fields["kind"].annotation)]
+        if kinds:
+            return f"it is a key of {' and '.join(kinds)}; keys of this kind: {', '.join(here)}"
     near = difflib.get_close_matches(name, here, 1)
     if near:
         return f"did you mean {near[0]}?"
     elsewhere = [dotted for dotted in dotted_keys(spec) if dotted.split(".")[-1] == name]
     if elsewhere:
         return f"did you mean {elsewhere[0]}?"
-    return f"keys here: {', '.join(sorted(set(here)))}"
+    return f"keys here: {', '.join(here)}"
+
+
+def find_tagged(spec: type[Spec], prefix: Key = ()) -> frozenset[Key]:
+    """The keys of the sections that are one of several, told apart by their `kind`."""
+    found = {(*prefix, name) for name, info in spec.model_fields.items() if info.discriminator}
+    for name, info in spec.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, Spec):
+            found |= find_tagged(info.annotation, (*prefix, name))
+    return frozenset(found)
 
 
 def dotted_keys(spec: type[Spec], prefix: str = "") -> list[str]:

@@ -423,7 +423,6 @@ def test_recipes_are_listed_shown_and_copied(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "mine" / "data" / "quickstart" / "train.jsonl").is_file()
 
 
-@pytest.mark.xfail(strict=True, reason="make_json_schema does not know that data.train may be one path")
 def test_the_schema_is_a_schema_and_accepts_the_shipped_recipes() -> None:
     import jsonschema
     from ruamel.yaml import YAML

@@ -155,8 +155,8 @@ def test_white_space_counts_where_the_tokenizer_trims_offsets(tmp_path: Path, to
     trimming = copy.deepcopy(tokenizer)
     trimming.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)  # as GPT-2's and Llama 3's
     trimming.chat_template = None
-    row = {"prompt": "q\n", "completion": "a\n\n\n\tb  \n\n"}
-    assert read_targets(load(tmp_path, [row], trimming), 0, tokenizer) == ["a\n\n\n\tb  \n\n<|im_end|>"]
+    row = {"prompt": "q\n", "completion": "a\n\tb  "}
+    assert read_targets(load(tmp_path, [row], trimming), 0, tokenizer) == ["a\n\tb  <|im_end|>"]
 
 
 def test_system_prompt_is_rendered(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -59,7 +59,8 @@ def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
 def _own_ray(plan: Plan) -> Iterator[Any]:
     """A Ray that listens on loopback only, with its files in a folder of its own, gone afterwards."""
     logging.getLogger("ray").setLevel(logging.ERROR)
-    files = tempfile.mkdtemp(prefix="lepton-")
+    # Ray's sockets live there, and a socket's path has at most 107 characters.
+    files = tempfile.mkdtemp(prefix="lepton-", dir=None if len(tempfile.gettempdir()) <= 24 else "/tmp")
     os.environ |= {
         # A token for this Ray alone. Left to itself, Ray writes one to ~/.ray, and every later `ray start` there wants it.
         "RAY_AUTH_MODE": "token",
@@ -67,6 +68,8 @@ def _own_ray(plan: Plan) -> Iterator[Any]:
         # Ray on a Mac listens on loopback only; elsewhere it turns 127.0.0.1 into the machine's address unless told not to
         # (ray 2.60, _private/services.py, get_node_ip_address).
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # How long Ray's agents look for its head before they end themselves, should this process be killed.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
     }
     import ray
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from launcher.train.generate import answer
 from launcher.train.loss import IGNORED, sum_token_loss
 
 if TYPE_CHECKING:
@@ -28,9 +29,14 @@ def measure_loss(engine: Any, batches: Iterable[dict[str, torch.Tensor]]) -> tup
     return totals[0].item() / max(1.0, totals[1].item()), int(totals[1].item())
 
 
-@torch.no_grad()
 def answer_prompts(
-    engine: Any, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], *, max_new_tokens: int, sharded: bool
+    engine: Any,
+    tokenizer: PreTrainedTokenizerFast,
+    prompts: Sequence[str],
+    *,
+    system_prompt: str | None,
+    max_new_tokens: int,
+    sharded: bool,
 ) -> list[str]:
     """Greedy answers, prompt i made by rank i mod ranks, known to all ranks.
 
@@ -38,36 +44,14 @@ def answer_prompts(
     """
     engine.eval()
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    opening = [{"role": "system", "content": system_prompt}] if system_prompt else []
     answers: list[tuple[int, str]] = []
     for start in range(0, len(prompts), ranks):
         index = min(start + rank, len(prompts) - 1)
-        answer = _answer(engine, tokenizer, prompts[index], max_new_tokens, sharded)
-        answers.append((index, answer))
+        messages = [*opening, {"role": "user", "content": prompts[index]}]
+        answers.append((index, answer(engine.module, tokenizer, messages, max_new_tokens=max_new_tokens, synced_gpus=sharded)))
     engine.train()
     gathered: list[Any] = [None] * ranks
     dist.all_gather_object(gathered, answers)
     by_index = dict(pair for pairs in gathered for pair in pairs)
     return [by_index[index] for index in range(len(prompts))]
-
-
-def _answer(engine: Any, tokenizer: PreTrainedTokenizerFast, prompt: str, max_new_tokens: int, sharded: bool) -> str:
-    from transformers import GenerationConfig
-
-    if tokenizer.chat_template:
-        turn = [{"role": "user", "content": prompt}]
-        encoded: Any = tokenizer.apply_chat_template(turn, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    ids_BS = encoded["input_ids"].to(engine.device)
-    written = engine.module.generate(
-        input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=greedy, synced_gpus=sharded
-    )
-    text: str = tokenizer.decode(written[0, ids_BS.shape[1] :], skip_special_tokens=True)
-    return text.strip()

@@ -112,10 +112,11 @@ def answer(
     max_new_tokens: int,
     temperature: float = 0.0,
     streamer: Any = None,
+    synced_gpus: bool = False,
 ) -> str:
     """The model's next turn. Greedy at temperature 0; `streamer` is given the text as it comes.
 
-    Without a chat template the last message is continued as plain text.
+    With `synced_gpus` ranks that share a sharded model go on until all have finished. Without a chat template the last message is continued as plain text.
     Raises DataError where the conversation leaves no room in the model's context.
     """
     from transformers import GenerationConfig
@@ -135,7 +136,9 @@ def answer(
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=_ends(model, tokenizer), **how
     )
-    written_BS = model.generate(input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=config, streamer=streamer)
+    written_BS = model.generate(
+        input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=config, streamer=streamer, synced_gpus=synced_gpus
+    )
     text: str = tokenizer.decode(written_BS[0, ids_BS.shape[1] :], skip_special_tokens=True)
     return text.strip()
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from launcher.data.formats import load_chat_template
 from launcher.errors import ModelError
 from launcher.plan import Plan
 from launcher.plan.source import ModelSource, locate_model
@@ -25,7 +26,7 @@ TORCH_DTYPE = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.floa
 
 
 def load_tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
-    """The model's tokenizer, with a padding token."""
+    """The model's tokenizer, with a padding token, and the recipe's chat template where it brings one."""
     from transformers import AutoTokenizer
 
     source = locate_model(plan.recipe.model.name_or_path, plan.base_dir)
@@ -46,6 +47,8 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if (template := load_chat_template(plan.recipe.data, plan.base_dir)) is not None:
+        tokenizer.chat_template = template
     return tokenizer
 
 
@@ -126,7 +129,6 @@ def load_base(plan: Plan, device: str) -> PreTrainedModel:
             f"{recipe.model.name_or_path} lacks {len(missing)} weights of its architecture, {missing[0]} among them",
             "the download is incomplete, or it is not a language model",
         )
-    model.config.use_cache = False
     if isinstance(recipe.method, QLora):
         _keep_packing(model)
     return model

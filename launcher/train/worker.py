@@ -196,7 +196,12 @@ class _Held:
             return
         self.report({"event": "phase", "name": "answering sample prompts"})
         answers = answer_prompts(
-            self.engine, self.tokenizer, wanted.samples, max_new_tokens=wanted.max_new_tokens, sharded=self.plan.layout.zero_stage == 3
+            self.engine,
+            self.tokenizer,
+            wanted.samples,
+            system_prompt=self.plan.recipe.data.system_prompt,
+            max_new_tokens=wanted.max_new_tokens,
+            sharded=self.plan.layout.zero_stage == 3,
         )
         pairs = [{"prompt": prompt, "answer": answer} for prompt, answer in zip(wanted.samples, answers, strict=True)]
         self.report({"event": "samples", "when": when, "answers": pairs})
