@@ -384,6 +384,16 @@ def make_json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     schema["$schema"] = "https://json-schema.org/draft/2020-12/schema"
     schema["properties"]["extends"] = {"type": "string", "description": "Another recipe that this one is laid over."}
+    for name in ("train", "eval"):  # pydantic drops it where a key may be written in several ways
+        schema["$defs"]["Data"]["properties"][name]["description"] = Data.model_fields[name].description
     # What a recipe leaves out, the one it extends may hold.
-    schema["anyOf"] = [{"required": schema.pop("required")}, {"required": ["extends"]}]
+    method = schema["properties"]["method"]
+    del method["discriminator"]
+    method["anyOf"] = method.pop("oneOf")
+    whole: dict[str, Any] = {"required": schema.pop("required"), "properties": {"method": {"required": ["kind"]}}}
+    for name, section in (("model", "Model"), ("data", "Data")):
+        whole["properties"][name] = {"required": schema["$defs"][section].pop("required")}
+    for kind in ("Freeze", "Lora", "QLora"):
+        schema["$defs"][kind].pop("required")
+    schema |= {"if": {"not": {"required": ["extends"]}}, "then": whole}
     return schema

@@ -72,9 +72,7 @@ def _load_file(path: Path, extended_by: tuple[Path, ...], tagged: frozenset[Key]
     return Document(str(path), *_merge(base, data, where, tagged))
 
 
-def _merge(
-    base: Document, data: dict[str, Any], where: dict[Key, str], tagged: frozenset[Key]
-) -> tuple[dict[str, Any], dict[Key, str]]:
+def _merge(base: Document, data: dict[str, Any], where: dict[Key, str], tagged: frozenset[Key]) -> tuple[dict[str, Any], dict[Key, str]]:
     """`data` laid over `base`, mapping by mapping; a tagged section whose `kind` changes is replaced whole."""
     merged_where = dict(base.where)
 
@@ -121,7 +119,7 @@ def _problem_of(error: Any) -> str:
 
 
 def _yaml_kind(value: Any) -> str:
-    for kind, name in ((dict, "a mapping"), (list, "a list"), (bool, "a boolean"), (int, "a number"), (float, "a number")):
+    for kind, name in ((list, "a list"), (bool, "a boolean"), (int, "a number"), (float, "a number")):
         if isinstance(value, kind):
             return name
     return "text"
@@ -197,13 +195,12 @@ def check_document(spec: type[T], document: Document) -> tuple[T | None, list[Fa
 
 
 def _collect_faults(spec: type[Spec], document: Document, error: ValidationError) -> list[Fault]:
-    """One fault a key; the branches of a union that failed are joined by "or"."""
+    """One fault a key; the branches of a union that failed are joined by "or". Where something deeper is wrong, that counts."""
     by_key: dict[Key, list[Any]] = {}
     for item in error.errors(include_url=False):
-        if item["type"] == "too_short" and len(item["input"]) >= item["ctx"]["min_length"]:
-            continue  # pydantic counts the valid items, and what is wrong with the others is told beside it
         by_key.setdefault(_data_key(item["loc"], document.data, item["type"]), []).append(item)
-    return [_make_fault(spec, document, key, items) for key, items in by_key.items()]
+    deepest = [key for key in by_key if not any(len(other) > len(key) and other[: len(key)] == key for other in by_key)]
+    return [_make_fault(spec, document, key, by_key[key]) for key in deepest]
 
 
 def _data_key(loc: Key, data: Any, kind: str) -> Key:
@@ -229,7 +226,7 @@ def _make_fault(spec: type[Spec], document: Document, key: Key, items: list[Any]
     value = items[0]["input"]
     if kinds == {"missing"}:
         if isinstance(items[0]["loc"][-1], int):
-            return Fault(where, dotted, f"{_show(value)} has too few values", _describe(spec, document, key))
+            return Fault(where, dotted, "has too few values", _describe(spec, document, key))
         return Fault(where, dotted, "is needed and is not there", _describe(spec, document, key))
     if "union_tag_not_found" in kinds:
         return Fault(where, f"{dotted}.kind", "is needed and is not there", f"one of: {_kinds(spec, document, key)}")
@@ -239,9 +236,10 @@ def _make_fault(spec: type[Spec], document: Document, key: Key, items: list[Any]
         hint = f"did you mean {near[0]}?" if near else ""
         return Fault(document.locate((*key, "kind")), f"{dotted}.kind", f"{tag!r} is not one of {_kinds(spec, document, key)}", hint)
     wants = " or ".join(dict.fromkeys(_want(item) for item in items))
-    if kinds & {"model_type", "model_attributes_type"}:
-        wants = "should be a section: a mapping of keys"
     remedy = ""
+    if kinds & {"model_type", "model_attributes_type", "dict_type"}:
+        wants = "should be a mapping of keys"
+        remedy = f"write {dotted}: {{kind: {value}}}" if value in _kinds(spec, document, key).split(", ") else ""
     choices = [c for item in items if item["type"] == "literal_error" for c in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
     near = difflib.get_close_matches(str(value), [c.strip("'") for c in choices], 1)
     if near:
@@ -251,17 +249,20 @@ def _make_fault(spec: type[Spec], document: Document, key: Key, items: list[Any]
 
 def _show(value: Any) -> str:
     """A value as its YAML says it; what holds others by its kind."""
-    if isinstance(value, dict | list | tuple):
-        return "an empty list" if not value and not isinstance(value, dict) else _yaml_kind(list(value) if isinstance(value, tuple) else value)
-    return {None: "null", True: "true", False: "false"}.get(value, repr(value)) if value is None or isinstance(value, bool) else repr(value)
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, list | tuple):
+        return "a list" if value else "an empty list"
+    return "a mapping" if isinstance(value, dict) else repr(value)
 
 
 def _want(item: Any) -> str:
     if item["type"] == "literal_error":
         return f"should be {item['ctx']['expected']}"
     if item["type"] in ("too_short", "too_long"):
-        return f"should have at {'least' if item['type'] == 'too_short' else 'most'} {item['ctx'].get('min_length', item['ctx'].get('max_length'))}"
-    message: str = item["msg"]
+        limit = item["ctx"].get("min_length", item["ctx"].get("max_length"))
+        return f"should have at {'least' if item['type'] == 'too_short' else 'most'} {limit} value{'s' if limit != 1 else ''}"
+    message: str = item["msg"].replace("a valid array", "a list")
     return message[max(message.find("should"), 0) :].removeprefix("Value error, ")
 
 

@@ -18,10 +18,11 @@ import pytest
 from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import launcher.train.data as train_data
+import launcher.train.tokens as tokens_module
 from launcher.errors import DataError, ModelError
 from launcher.recipe import Data
-from launcher.train.data import IGNORED, Samples, load_samples
+from launcher.train.data import Samples, load_samples
+from launcher.train.encode import IGNORED
 
 PAIRS = [{"prompt": f"Say {word}. ", "completion": word} for word in ("one", "two", "three", "four", "five", "six", "seven", "eight")]
 CHAT: dict[str, Any] = {
@@ -317,13 +318,13 @@ def test_sources_are_joined_in_order(tmp_path: Path, tokenizer: PreTrainedTokeni
 def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """How many examples each call to the tokeniser had."""
     calls: list[int] = []
-    encode = train_data._encode
+    encode = tokens_module.encode_examples
 
     def spy(examples: Any, *others: Any) -> Any:
         calls.append(len(examples))
         return encode(examples, *others)
 
-    monkeypatch.setattr(train_data, "_encode", spy)
+    monkeypatch.setattr(tokens_module, "encode_examples", spy)
     yield calls
 
 
@@ -418,13 +419,13 @@ def test_full_disk_is_a_data_error(tmp_path: Path, tokenizer: PreTrainedTokenize
 
 def test_two_at_once_end_well(tmp_path: Path, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch) -> None:
     write_rows(tmp_path / "r.jsonl", PAIRS)
-    together, encode = threading.Barrier(3), train_data._encode
+    together, encode = threading.Barrier(3), tokens_module.encode_examples
 
     def wait(examples: Any, *others: Any) -> Any:
         together.wait(timeout=60)  # all are past the look into the cache
         return encode(examples, *others)
 
-    monkeypatch.setattr(train_data, "_encode", wait)
+    monkeypatch.setattr(tokens_module, "encode_examples", wait)
     found: list[list[int]] = []
 
     def run() -> None:

@@ -183,7 +183,7 @@ def test_a_killed_launcher_leaves_no_workers(recipe: Path) -> None:
     pids = session_of(process)
     process.kill()
     process.wait()
-    assert_gone(pids, within_s=60)
+    assert_gone(pids, within_s=100)  # Ray's own agents try for a minute to tell a head that is gone
 
 
 def test_a_loss_that_is_no_number_names_step_and_samples(recipe: Path, tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from launcher.errors import ModelError
 from launcher.recipe import Data
 from launcher.train.data import (
-    IGNORED,
     Sample,
     Samples,
     _make_packs,
@@ -31,6 +30,7 @@ from launcher.train.data import (
     open_eval_batches,
     open_steps,
 )
+from launcher.train.encode import IGNORED
 
 VOCAB_SIZE = 64
 PAD_ID = 1

@@ -1,6 +1,6 @@
 """What one device needs: a first honest estimate, in closed form.
 
-Sources: docs/recipe.md tells the arithmetic in words. States follow DeepSpeed 0.19.8
+Sources: docs/plan.md tells the arithmetic in words. States follow DeepSpeed 0.19.8
 (runtime/zero/stage_1_and_2.py, stage3.py), quantisation bitsandbytes 0.50.2 (blocks of 64, nested of 256),
 activations a Llama layer with memory-efficient attention.
 """

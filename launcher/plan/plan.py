@@ -14,7 +14,7 @@ from launcher.plan.batch import BatchPlan, make_batch
 from launcher.plan.deepspeed import choose_bucket, make_deepspeed_config
 from launcher.plan.layout import Layout, make_layout
 from launcher.plan.memory import MemoryEstimate, count_trainable, estimate_memory
-from launcher.plan.shape import ModelShape, load_shape
+from launcher.plan.shape import LLAMA_NAMED, ModelShape, load_shape
 from launcher.plan.source import locate_model
 from launcher.recipe import Recipe
 
@@ -43,6 +43,7 @@ class Plan:
     def digest(self) -> str:
         """Names what is trained: the recipe and its resolution, not where it is written."""
         facts = self.to_dict()
+        del facts["recipe"]["output_dir"]
         for place in ("run_dir", "base_dir", "notes", "memory", "cluster"):
             del facts[place]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
@@ -101,10 +102,12 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
     _check_length(recipe, shape)
     layout, notes = make_layout(recipe, cluster)
     trainable = count_trainable(recipe, shape)
-    if trainable == 0:
+    if trainable == 0 and shape.model_type in LLAMA_NAMED:
         raise RecipeError(
             [Fault("plan", "method", f"trains no parameter of this {shape.model_type}", "check target_modules, last_layers or patterns")]
         )
+    if trainable == 0:
+        notes.append(f"trained parameters: not counted here, because a {shape.model_type} names its layers in its own way")
     bucket = choose_bucket(trainable)
 
     def memory_of(micro: int) -> MemoryEstimate:

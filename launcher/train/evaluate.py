@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from launcher.train.encode import IGNORED
 from launcher.train.generate import answer
-from launcher.train.loss import IGNORED, sum_token_loss
+from launcher.train.loss import sum_token_loss
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -9,7 +9,8 @@ import numpy as np
 
 from launcher.plan import Plan
 from launcher.run import cache_dir
-from launcher.train.data import IGNORED, Sample, Samples, load_samples
+from launcher.train.data import Sample, Samples, load_samples
+from launcher.train.encode import IGNORED
 from launcher.train.model import load_tokenizer
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-IGNORED = -100
+from launcher.train.encode import IGNORED
 
 
 def sum_token_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -26,7 +26,7 @@ from launcher.plan import Plan, load_plan
 from launcher.recipe import Lora
 from launcher.run import Event, RunFolder, cache_dir
 from launcher.train import best
-from launcher.train.data import Samples, load_samples, open_eval_batches, open_steps
+from launcher.train.data import Samples, check_packing, load_samples, open_eval_batches, open_steps
 from launcher.train.evaluate import answer_prompts, measure_loss
 from launcher.train.export import export_model
 from launcher.train.foreign import naming_foreign_errors
@@ -95,6 +95,8 @@ def fine_tune(plan: Plan, me: Rank, folder: RunFolder, report: Show, stop_asked:
     model = apply_method(load_base(plan, device_of(plan)), plan)
     start = copy_start(model, plan)
     engine = build_engine(plan, model, me)
+    if recipe.data.packing:
+        check_packing(engine.module)
     held = _Held(plan, engine, tokenizer, eval_set, report)
     report({"event": "start", "total_steps": total_steps, "world_size": me.world_size, "num_params": plan.num_params,
             "trainable_params": plan.trainable_params, "setup_s": time.perf_counter() - began})  # fmt: skip
