@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --constraint constraints.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help install dev quickstart test test-matrix lint benchmarks gpu-check clean
+.PHONY: help install dev quickstart test lint benchmarks clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -36,14 +36,16 @@ quickstart: install  ## QLoRA of SmolLM2-135M on two CPU workers, start to end
 test: dev  ## the tests
 	$(BIN)/python -m pytest
 
-test-matrix: dev  ## every combination of method, stage and checkpointing; long
-	$(BIN)/python -m pytest -m matrix
-
 lint: dev  ## style, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-clean:
+benchmarks: dev  ## throughput and start-up beside HF Trainer, TRL and torchrun; an hour on two cores
+	$(PIP) --editable '.[bench]'
+	$(BIN)/python benchmarks/throughput.py
+	$(BIN)/python benchmarks/startup.py
+
+clean:  ## remove what make made
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

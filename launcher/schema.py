@@ -239,7 +239,7 @@ def _make_fault(spec: type[Spec], document: Document, key: Key, items: list[Any]
     remedy = ""
     if kinds & {"model_type", "model_attributes_type", "dict_type"}:
         wants = "should be a mapping of keys"
-        remedy = f"write {dotted}: {{kind: {value}}}" if value in _kinds(spec, document, key).split(", ") else ""
+        remedy = f"write {dotted}: {{kind: {value}}}" if value and value in _kinds(spec, document, key).split(", ") else ""
     choices = [c for item in items if item["type"] == "literal_error" for c in item["ctx"]["expected"].replace(" or ", ", ").split(", ")]
     near = difflib.get_close_matches(str(value), [c.strip("'") for c in choices], 1)
     if near:

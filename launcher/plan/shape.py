@@ -15,6 +15,8 @@ from launcher.plan.source import ModelSource
 LLAMA_NAMED = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite",
                          "stablelm", "cohere"})  # fmt: skip
 """Model types whose layers bear the names that `ModelShape.linears` gives (transformers 5.23, models/*/modeling_*.py)."""
+TIED_UNLESS_TOLD = frozenset({"gpt2", "opt", "bloom", "falcon", "mpt", "gemma", "gemma2", "gemma3_text", "smollm3", "starcoder2", "cohere"})
+"""Model types whose head is the embedding where config.json leaves tie_word_embeddings out (models/*/configuration_*.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +164,7 @@ def _shape_of_config(config: dict[str, Any], path: Path) -> ModelShape:
         head_dim=need("head_dim", otherwise=hidden // heads),
         vocab_size=need("vocab_size"),
         max_positions=need("max_position_embeddings", "n_positions"),
-        tied_embeddings=bool(config.get("tie_word_embeddings", config.get("model_type") in ("gpt2", "gemma2", "gemma3_text"))),
+        tied_embeddings=bool(config.get("tie_word_embeddings", config.get("model_type") in TIED_UNLESS_TOLD)),
         gated_mlp=config.get("model_type") not in ("gpt2", "opt", "gpt_neox"),
         has_chat_template=has_template,
     )
@@ -218,7 +220,9 @@ def read_gguf_header(path: Path) -> dict[str, Any]:
                 header[key] = _read_gguf_value(file, *struct.unpack("<I", file.read(4)))
             header["tensor_names"] = frozenset(_read_gguf_tensor_name(file) for _ in range(tensors))
             return header
-    except (struct.error, KeyError, UnicodeDecodeError, OverflowError, MemoryError, OSError):
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from None
+    except (struct.error, KeyError, UnicodeDecodeError, OverflowError, MemoryError):
         raise ModelError(f"{path}: the GGUF header ends early or is damaged", "download it again") from None
 
 
