@@ -30,7 +30,7 @@ class Model(Spec):
     revision: str | None = None
     """Branch, tag or commit of a hub model."""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """What weights and activations are computed in; auto is bf16 on a GPU that has it, else fp32."""
+    """What weights and activations are computed in; auto is bf16 where devices have it, else fp16 on a GPU, fp32 on a CPU."""
     attn_implementation: Literal["auto", "eager", "sdpa", "flash_attention_2"] = "auto"
     """The attention kernel; auto takes flash attention where it is installed, else SDPA."""
     liger_kernel: Literal["auto"] | bool = "auto"
@@ -170,7 +170,7 @@ class Optim(Spec):
     lr: PositiveFloat = 1e-4
     """Peak learning rate."""
     weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay; norms, biases and other one-dimensional weights are left out."""
+    """Weight decay, decoupled but for sgd; norms, biases and other one-dimensional weights are left out."""
     betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     """Decay of the first and second moment (adamw, lion)."""
     eps: PositiveFloat = 1e-8
@@ -272,7 +272,7 @@ class Recipe(Spec):
     track: Track = Track()
     output_dir: str = "runs"
     """Where run folders are made."""
-    seed: NonNegativeInt = 42
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 42
     """Seeds the adapters, dropout and the order of the data."""
 
 
@@ -329,9 +329,11 @@ def _check_method(method: Any) -> Iterator[Conflict]:
         yield "method", "freeze trains nothing", "set method.last_layers or method.patterns"
     if isinstance(method, QLora) and method.bits == 8 and method.quant_type != "nf4":
         yield "method.quant_type", "is a 4-bit code, and method.bits is 8", "drop method.quant_type or set method.bits to 4"
+    if isinstance(method, Lora) and method.dora and method.init == "pissa":
+        yield "method.init", "pissa changes the base, and method.dora measures it: no plain adapter says the two", "drop one of the two"
 
 
-def _check_parallel(parallel: Parallel, method: Any, optim: Optim) -> Iterator[Conflict]:
+def _check_parallel(parallel: Parallel) -> Iterator[Conflict]:
     stage = parallel.zero_stage
     if parallel.offload_param and stage != 3:
         yield "parallel.offload_param", f"needs ZeRO stage 3, and parallel.zero_stage is {stage}", "set parallel.zero_stage to 3"
@@ -339,12 +341,18 @@ def _check_parallel(parallel: Parallel, method: Any, optim: Optim) -> Iterator[C
         yield "parallel.offload_optimizer", "needs ZeRO stage 1, 2 or 3, and parallel.zero_stage is 0", "set parallel.zero_stage to 2"
     if parallel.leaf_modules is True and stage != 3:
         yield "parallel.leaf_modules", f"needs ZeRO stage 3, and parallel.zero_stage is {stage}", "drop it, or set parallel.zero_stage to 3"
+
+
+def _check_offloaded_weights(parallel: Parallel, method: Any) -> Iterator[Conflict]:
     if parallel.offload_param and isinstance(method, QLora) and method.bits == 8:
         yield (
             "parallel.offload_param",
             "LLM.int8() weights cannot live in host memory between uses (their scales are bound to the device)",
             "set method.bits to 4, or parallel.offload_param to false",
         )
+
+
+def _check_offloaded_states(parallel: Parallel, optim: Optim) -> Iterator[Conflict]:
     if parallel.offload_optimizer and optim.name not in ("adamw", "sgd", "adafactor"):
         yield (
             "optim.name",
@@ -353,17 +361,24 @@ def _check_parallel(parallel: Parallel, method: Any, optim: Optim) -> Iterator[C
         )
 
 
-def _check_schedule(schedule: Schedule, evaluate: Evaluate, data: Data) -> Iterator[Conflict]:
+def _check_schedule(schedule: Schedule) -> Iterator[Conflict]:
     if schedule.max_steps and schedule.warmup_steps and schedule.warmup_steps >= schedule.max_steps:
         yield "schedule.warmup_steps", f"{schedule.warmup_steps} warm-up steps, and the run has {schedule.max_steps}", "make it smaller"
+
+
+def _check_held_out(evaluate: Evaluate, data: Data) -> Iterator[Conflict]:
     if data.eval and data.eval_fraction:
         yield "data.eval_fraction", "a held-out set is named by data.eval already", "drop one of the two"
     held_out = bool(data.eval or data.eval_fraction)
     if not held_out and (evaluate.early_stopping or evaluate.keep_best is True or evaluate.every_steps):
         key = "early_stopping" if evaluate.early_stopping else "keep_best" if evaluate.keep_best is True else "every_steps"
         yield f"evaluate.{key}", "needs a held-out set", "set data.eval or data.eval_fraction"
-    if evaluate.early_stopping and not evaluate.every_steps:
-        yield "evaluate.early_stopping", "needs evaluations during the run", "set evaluate.every_steps"
+
+
+def _check_evaluate(evaluate: Evaluate) -> Iterator[Conflict]:
+    if evaluate.every_steps is None and (evaluate.early_stopping or evaluate.keep_best is True):
+        key = "early_stopping" if evaluate.early_stopping else "keep_best"
+        yield f"evaluate.{key}", "needs evaluations during the run", "set evaluate.every_steps"
 
 
 def _check_batch(batch: Batch) -> Iterator[Conflict]:
@@ -376,7 +391,16 @@ def _check_batch(batch: Batch) -> Iterator[Conflict]:
         )
 
 
-_CHECKS: tuple[Callable[..., Iterator[Conflict]], ...] = (_check_method, _check_parallel, _check_schedule, _check_batch)
+_CHECKS: tuple[Callable[..., Iterator[Conflict]], ...] = (
+    _check_method,
+    _check_parallel,
+    _check_offloaded_weights,
+    _check_offloaded_states,
+    _check_schedule,
+    _check_held_out,
+    _check_evaluate,
+    _check_batch,
+)
 
 
 def make_json_schema() -> dict[str, Any]:

@@ -98,8 +98,10 @@ def _choose_dtype(recipe: Recipe, cluster: Cluster, notes: list[str]) -> Dtype:
         raise RecipeError([Fault("plan", "model.dtype", f"{cluster.device_name} does not compute in bf16", "use auto, fp16 or fp32")])
     if wanted != "auto":
         return wanted
-    chosen: Dtype = "fp32" if not cuda else "bf16" if cluster.bf16 else "fp16"
-    notes.append(f"dtype: {chosen} (what a {cluster.device_name or cluster.accelerator} trains in)")
+    chosen: Dtype = "bf16" if cluster.bf16 else "fp16" if cuda else "fp32"
+    notes.append(
+        f"dtype: {chosen} (what a {cluster.device_name or cluster.accelerator} {'with' if cluster.bf16 else 'without'} native bf16 trains in)"
+    )
     return chosen
 
 

