@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import json
 import struct
@@ -104,7 +103,7 @@ def test_the_digest_names_what_is_trained_and_not_where(model: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "told"),
     [("", "is not a plan"), ("[]", "is not a plan"), ("{", "is not a plan"), ("{}", "plan schema None"), ('{"schema_version": 99}', "schema 99"),
-     ('{"schema_version": 1}', "changed or cut off"), ('{"schema_version": 1, "recipe": {"nam": 1}}', "changed or cut off")],
+     ('{"schema_version": 2}', "changed or cut off"), ('{"schema_version": 2, "recipe": {"nam": 1}}', "changed or cut off")],
 )  # fmt: skip
 def test_a_file_that_is_no_plan(text: str, told: str, tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(text)
@@ -144,7 +143,7 @@ def test_the_plan_in_words_shows_its_numbers(model: Path) -> None:
     assert words["batch"] == "32 samples a step = micro-batch 2 × accumulation 4 × ranks 4; at most 4.1k tokens"
     assert words["method"].startswith("LoRA (r 4, alpha 32, all-linear): ")
     assert words["devices"] == "4 workers on A100 (nccl, 2 cores each)"
-    assert words["memory"].startswith("about ") and "DOES NOT FIT" not in words["memory"]
+    assert words["memory"].startswith("FITS: about ") and "DOES NOT FIT" not in words["memory"]
     tight = dict(describe_plan(plan_of(model, CPU.model_copy(update={"device_memory": 1 << 20}))))
     assert "DOES NOT FIT" in tight["memory"]
 
@@ -192,11 +191,11 @@ def test_auto_takes_the_largest_micro_batch_that_divides_fits_and_is_worth_it() 
 def test_auto_fits_the_memory_of_the_device(model: Path) -> None:
     sections: dict[str, Any] = {"batch": {"global_batch_size": 128}, "memory": {"gradient_checkpointing": False}}
     sizes = []
-    for mebibytes in (4000, 40, 20, 1):
+    for mebibytes in (4000, 690, 670, 1):
         cluster = T4.model_copy(update={"device_memory": mebibytes << 20})
         plan = plan_of(model, cluster, **sections)
         sizes.append(plan.batch.micro_batch_size)
-        assert plan.memory.total <= 0.9 * cluster.device_memory or plan.batch.micro_batch_size == 1
+        assert plan.memory.verdict == "FITS" or plan.batch.micro_batch_size == 1
     assert sizes == sorted(sizes, reverse=True) and sizes[0] == 128 and sizes[-1] == 1 and len(set(sizes)) > 2
 
 
@@ -301,30 +300,14 @@ def test_a_method_that_trains_nothing_is_refused_where_names_are_known(model: Pa
 def test_memory_of_a_full_fine_tune(model: Path) -> None:
     """ZeRO-2 in fp32 over two ranks: whole weights, half of the gradients, masters and Adam's two moments."""
     plan = plan_of(model, batch={"global_batch_size": 8, "micro_batch_size": 2})
-    bucket = max(1 << 20, PARAMS)
-    tokens = 2 * 128
-    expected = {"weights": 0, "trainable": 4 * PARAMS, "gradients": 2 * PARAMS, "master": 2 * PARAMS, "optimizer": 4 * PARAMS,
-                "logits": 12 * 100 * tokens, "buckets": 4 * bucket}  # fmt: skip
-    found = dataclasses.asdict(plan.memory)
+    found = {part.name: part.bytes for phase in plan.memory.phases if phase.name == "backward" for part in phase.components}
+    expected = {"weights": 4 * PARAMS, "fp32 master": 2 * PARAMS, "optimizer states": 4 * PARAMS}
     assert {name: found[name] for name in expected} == expected
-    assert plan.memory.total == sum(found.values())
-
-
-def test_memory_of_a_quantised_base(model: Path) -> None:
-    """Linear layers of the decoder at half a byte, their scales, and the rest in the model's dtype."""
-    linear = 2 * (LAYER - 2 * 64)
-    rest = 4 * (PARAMS - linear)
-    for method, per_weight in (
-        ({"double_quant": True}, 0.5 + 1 / 64 + 4 / (64 * 256)),
-        ({"double_quant": False}, 0.5 + 4 / 64),
-        ({"bits": 8}, 1.0),
-    ):
-        assert plan_of(model, method={"kind": "qlora", **method}).memory.weights == int(linear * per_weight + rest)
 
 
 def test_memory_falls_with_the_stage_and_with_what_is_given_up() -> None:
     def total(**sections: Any) -> int:
-        return plan_of(SMOLLM2, A100, batch={"micro_batch_size": 2}, **sections).memory.total
+        return plan_of(SMOLLM2, A100, batch={"micro_batch_size": 2}, **sections).memory.device("total").p50
 
     stages = [total(parallel={"zero_stage": stage}) for stage in (0, 1, 2, 3)]
     assert stages[1] > stages[2] > stages[3] and stages[0] > stages[2]

@@ -68,7 +68,7 @@ def test_all_that_ship_are_listed() -> None:
 def test_it_plans_and_fits(path: Path, cluster: Cluster) -> None:
     recipe = load_recipe(path)
     plan = make_plan(recipe, cluster, base_dir=str(path.parent), run_dir="/runs/x")
-    assert plan.memory.total < cluster.device_memory
+    assert plan.memory.verdict == "FITS"
     assert plan.batch.global_batch_size % plan.layout.world_size == 0
     assert "auto" not in json.dumps(plan.deepspeed)
     assert dict(describe_plan(plan))["model"].startswith(recipe.model.name_or_path)

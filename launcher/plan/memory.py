@@ -7,12 +7,17 @@ activations a Llama layer with memory-efficient attention.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
 
+from launcher.cluster import Cluster
+from launcher.plan.batch import BatchPlan
+from launcher.plan.budget import Component, DiskNeed, MemoryPlan, Phase, Provenance
 from launcher.plan.layout import Layout
 from launcher.plan.shape import ModelShape
 from launcher.recipe import Freeze, Full, Lora, Optim, QLora, Recipe
-from launcher.units import DTYPE_BYTES
+from launcher.units import DTYPE_BYTES, MIB
 
 NF4_DOUBLE_QUANT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 NF4_BYTES = 0.5 + 4 / 64
@@ -25,24 +30,6 @@ STATE_BYTES = {
 """Optimizer state, bytes a trained parameter. Adafactor sees flat partitions, so it cannot factor."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryEstimate:
-    """Bytes a rank at the peak of a step, part by part."""
-
-    weights: int
-    trainable: int
-    gradients: int
-    master: int
-    optimizer: int
-    activations: int
-    logits: int
-    buckets: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.trainable + self.gradients + self.master + self.optimizer + self.activations + self.logits + self.buckets
-
-
 def count_trainable(recipe: Recipe, shape: ModelShape) -> int:
     """Parameters that receive gradients."""
     method = recipe.method
@@ -53,26 +40,89 @@ def count_trainable(recipe: Recipe, shape: ModelShape) -> int:
     return shape.num_params
 
 
-def estimate_memory(recipe: Recipe, shape: ModelShape, layout: Layout, micro_batch_size: int, bucket: int) -> MemoryEstimate:
-    """The parts at the peak of a step. `bucket` is DeepSpeed's reduce bucket, in elements."""
+CUDA_CONTEXT_BYTES, LIBRARIES_BYTES = 500 * MIB, 1100 * MIB
+"""What the driver holds of a device, and what a worker's libraries take of host memory. To be measured."""
+
+
+def predict_memory(
+    recipe: Recipe,
+    shape: ModelShape,
+    layout: Layout,
+    batch: BatchPlan,
+    cluster: Cluster,
+    *,
+    deepspeed: Mapping[str, Any],
+    budget: int | None = None,
+    replay: bool = True,
+) -> MemoryPlan:
+    """What the run needs, phase by phase. `deepspeed` is its configuration; `budget` is the device's memory unless told.
+
+    With `replay` the allocator is simulated; without, its slack is a share: for a search over thousands of candidates.
+    """
+    bucket = deepspeed["zero_optimization"]["reduce_bucket_size"]
     ranks, stage, width = layout.world_size, layout.zero_stage, DTYPE_BYTES[layout.dtype]
     trained = count_trainable(recipe, shape)
-    frozen_bytes = _frozen_bytes(recipe, shape, width, trained)
-    tokens = micro_batch_size * recipe.data.seq_len
+    tokens = batch.micro_batch_size * batch.seq_len
     part = trained / ranks
     on_device = 0.0 if layout.offload_optimizer else 1.0
-    sharded = 1 / ranks if stage == 3 else 1.0
-    working_layer = shape.layer_params * width * (2 if stage == 3 else 0)
-    return MemoryEstimate(
-        weights=int(frozen_bytes * (0 if layout.offload_param else sharded) + working_layer),
-        trainable=int(trained * width * (0 if layout.offload_param else sharded)),
-        gradients=int((part if stage >= 2 else trained) * width * on_device),
-        master=int((part if stage >= 1 else trained) * on_device * (4 if width < 4 or stage >= 1 else 0)),
-        optimizer=int((part if stage >= 1 else trained) * STATE_BYTES[recipe.optim.name] * on_device + _momentum(recipe.optim, part)),
-        activations=int(_activation_bytes(recipe, shape, layout, tokens, width)),
-        logits=int(12 * shape.vocab_size * tokens),
-        buckets=int(bucket * width) if stage >= 1 else 0,
+    sharded = 0.0 if layout.offload_param else 1 / ranks if stage == 3 else 1.0
+    frozen = _frozen_bytes(recipe, shape, width, trained)
+    weights = _part("weights", (frozen + trained * width) * sharded, "source", 0.01)
+    gathered = _part("gathered parameters", shape.layer_params * width * (2 if stage == 3 else 0), "assumed", 0.5)
+    gradients = _part("gradients", (part if stage >= 2 else trained) * width * on_device, "source", 0.05)
+    master = _part("fp32 master", (part if stage else trained) * on_device * (4 if width < 4 or stage else 0), "source")
+    states = _part(
+        "optimizer states",
+        ((part if stage else trained) * STATE_BYTES[recipe.optim.name] + _momentum(recipe.optim, part)) * on_device,
+        "source",
     )
+    activations = _part("activations", _activation_bytes(recipe, shape, layout, tokens, width), "source", 0.1)
+    logits = _part("logits and loss", 12 * shape.vocab_size * tokens, "source", 0.05)
+    buckets = _part("buckets", bucket * width if stage else 0, "source", 0.05)
+    step = _part("step workspace", 6 * part * on_device, "source", 0.2)
+    steady = [weights, master, states]
+    held: dict[str, list[Component]] = {
+        "load": [weights],
+        "engine start": [weights, master],
+        "forward": [*steady, gathered, activations],
+        "loss": [*steady, gathered, activations, logits],
+        "backward": [*steady, gathered, activations, logits, gradients, buckets],
+        "optimizer step": [*steady, gradients, step],
+    }
+    phases = tuple(Phase(name=name, components=(*_nonzero(parts), *_overhead(parts, layout))) for name, parts in held.items())
+    a_node = layout.workers_per_node
+    libraries = Component(name="libraries", bytes=LIBRARIES_BYTES * a_node, provenance="assumed", error=0.3)
+    offloaded = _part("optimizer states", 18 * part * a_node * (1 - on_device), "source", 0.2)
+    host = Phase(name="optimizer step", components=tuple(_nonzero([libraries, offloaded])))
+    if layout.accelerator == "cpu":
+        worst = max(phases, key=lambda phase: phase.total_bytes)
+        host = Phase(name=worst.name, components=tuple(replace(c, bytes=c.bytes * a_node) for c in worst.components))
+    export = int(trained * width if isinstance(recipe.method, Lora | QLora) else shape.num_params * width)
+    return MemoryPlan(
+        phases=phases,
+        host_phases=(host,),
+        disk=DiskNeed(checkpoint_bytes=int(trained * 12), kept_checkpoints_bytes=int(trained * 12) * 2, export_bytes=export),
+        network_bytes=int(2 * trained * width * (ranks - 1) / ranks),
+        budget=budget if budget is not None else cluster.device_memory,
+        host_budget=cluster.host_memory if cluster.host_memory > 1 else None,
+    )
+
+
+def _part(name: str, size: float, provenance: Provenance, error: float = 0.0) -> Component:
+    return Component(name=name, bytes=int(size), provenance=provenance, error=error)
+
+
+def _nonzero(parts: Iterable[Component]) -> Iterator[Component]:
+    return (part for part in parts if part.bytes)
+
+
+def _overhead(parts: list[Component], layout: Layout) -> list[Component]:
+    slack = int(0.06 * sum(part.bytes for part in parts))
+    if layout.accelerator == "cpu":
+        return [Component(name="allocator slack", bytes=slack, provenance="assumed", error=1.0, counts_in="reserved"),
+                Component(name="libraries", bytes=LIBRARIES_BYTES, provenance="assumed", error=0.3, counts_in="total")]  # fmt: skip
+    return [Component(name="allocator slack", bytes=slack, provenance="assumed", error=1.0, counts_in="reserved"),
+            Component(name="CUDA context", bytes=CUDA_CONTEXT_BYTES, provenance="assumed", error=0.3, counts_in="total")]  # fmt: skip
 
 
 def _momentum(optim: Optim, part: float) -> float:

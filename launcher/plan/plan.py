@@ -11,14 +11,15 @@ from typing import Any
 from launcher.cluster import Cluster
 from launcher.errors import DataError, Fault, RecipeError
 from launcher.plan.batch import BatchPlan, make_batch
+from launcher.plan.budget import MemoryPlan, judge
 from launcher.plan.deepspeed import choose_bucket, make_deepspeed_config
 from launcher.plan.layout import Layout, make_layout
-from launcher.plan.memory import MemoryEstimate, count_trainable, estimate_memory
+from launcher.plan.memory import count_trainable, predict_memory
 from launcher.plan.shape import LLAMA_NAMED, ModelShape, load_shape
 from launcher.plan.source import locate_model
 from launcher.recipe import Recipe
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PLAN_FILE = "plan.json"
 
 
@@ -31,7 +32,7 @@ class Plan:
     shape: ModelShape
     layout: Layout
     batch: BatchPlan
-    memory: MemoryEstimate
+    memory: MemoryPlan
     deepspeed: dict[str, Any]
     num_params: int
     trainable_params: int
@@ -56,7 +57,7 @@ class Plan:
             "shape": asdict(self.shape),
             "layout": asdict(self.layout),
             "batch": asdict(self.batch),
-            "memory": asdict(self.memory),
+            "memory": self.memory.to_dict(),
             "deepspeed": self.deepspeed,
             "num_params": self.num_params,
             "trainable_params": self.trainable_params,
@@ -96,7 +97,7 @@ def _read_plan(facts: dict[str, Any]) -> Plan:
         shape=ModelShape(**facts["shape"]),
         layout=Layout(**facts["layout"]),
         batch=BatchPlan(**facts["batch"]),
-        memory=MemoryEstimate(**facts["memory"]),
+        memory=MemoryPlan.from_dict(facts["memory"]),
         deepspeed=facts["deepspeed"],
         num_params=facts["num_params"],
         trainable_params=facts["trainable_params"],
@@ -120,8 +121,15 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
         notes.append(f"trained parameters: not counted here, because a {shape.model_type} names its layers in its own way")
     bucket = choose_bucket(trainable)
 
-    def memory_of(micro: int) -> MemoryEstimate:
-        return estimate_memory(recipe, shape, layout, micro, bucket)
+    def configure(batch: BatchPlan) -> dict[str, Any]:
+        return make_deepspeed_config(layout, batch, max_grad_norm=recipe.optim.max_grad_norm, bucket=bucket, hidden_size=shape.hidden_size)
+
+    def fits(micro: int) -> bool:
+        share = recipe.batch.global_batch_size // layout.world_size
+        trial = BatchPlan(global_batch_size=recipe.batch.global_batch_size, micro_batch_size=micro, data_parallel_size=layout.world_size,
+                          gradient_accumulation_steps=share // micro, seq_len=recipe.data.seq_len)  # fmt: skip
+        need = predict_memory(recipe, shape, layout, trial, cluster, deepspeed=configure(trial), replay=False)
+        return judge(need.device("total"), cluster.device_memory) == "FITS"
 
     batch = make_batch(
         global_batch_size=recipe.batch.global_batch_size,
@@ -129,7 +137,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
         ranks=layout.world_size,
         seq_len=recipe.data.seq_len,
         accelerator=layout.accelerator,
-        fits=lambda micro: memory_of(micro).total <= 0.9 * cluster.device_memory,
+        fits=fits,
     )
     if recipe.batch.micro_batch_size == "auto":
         notes.append(
@@ -144,10 +152,8 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
         shape=shape,
         layout=layout,
         batch=batch,
-        memory=memory_of(batch.micro_batch_size),
-        deepspeed=make_deepspeed_config(
-            layout, batch, max_grad_norm=recipe.optim.max_grad_norm, bucket=bucket, hidden_size=shape.hidden_size
-        ),
+        memory=predict_memory(recipe, shape, layout, batch, cluster, deepspeed=configure(batch)),
+        deepspeed=configure(batch),
         num_params=shape.num_params + adapters,
         trainable_params=trainable,
         run_dir=run_dir,

@@ -105,7 +105,12 @@ def _cost_section(events: list[Event], summary: Summary, plan: Plan) -> str:
         rows.append(("tokens/s (median step)", f"{format_count(round(summary.tokens_per_s))} on {plan.layout.world_size} ranks"))
     if summary.last_step:
         rows.append(("tokens seen", f"{summary.last_step['tokens_seen']:,}"))
-    rows.append((f"memory a {per}, planned", f"{format_bytes(plan.memory.total)} for the model and its training"))
+    rows.append(
+        (
+            f"memory a {per}, planned",
+            f"{format_bytes(plan.memory.device('total').p50)}, at most {format_bytes(plan.memory.device('total').p95)}",
+        )
+    )
     if summary.memory_bytes:
         what = "allocated by torch" if plan.layout.accelerator == "cuda" else "the whole process: libraries and data too"
         rows.append((f"memory a {per}, peak seen", f"{format_bytes(summary.memory_bytes)} ({what})"))
