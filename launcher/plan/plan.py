@@ -15,7 +15,7 @@ from launcher.plan.budget import MemoryPlan, judge
 from launcher.plan.deepspeed import choose_bucket, make_deepspeed_config
 from launcher.plan.layout import Layout, make_layout
 from launcher.plan.memory import count_trainable, predict_memory
-from launcher.plan.shape import LLAMA_NAMED, ModelShape, load_shape
+from launcher.plan.shape import ModelShape, load_shape
 from launcher.plan.source import locate_model
 from launcher.recipe import Recipe
 
@@ -113,12 +113,12 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
     _check_length(recipe, shape)
     layout, notes = make_layout(recipe, cluster)
     trainable = count_trainable(recipe, shape)
-    if trainable == 0 and shape.model_type in LLAMA_NAMED:
+    if trainable == 0 and shape.is_known:
         raise RecipeError(
             [Fault("plan", "method", f"trains no parameter of this {shape.model_type}", "check target_modules, last_layers or patterns")]
         )
     if trainable == 0:
-        notes.append(f"trained parameters: not counted here, because a {shape.model_type} names its layers in its own way")
+        notes.append(f"trained parameters: not counted here, because the launcher does not know how a {shape.model_type} names its layers")
     bucket = choose_bucket(trainable)
 
     def configure(batch: BatchPlan) -> dict[str, Any]:
