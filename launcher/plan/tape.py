@@ -156,6 +156,16 @@ class Parameter(Tensor):
         self.gradient: Storage | None = None
 
 
+class Leaf(Parameter):
+    """A tensor that is no weight and is made to need a gradient: the graph keeps both until it ends."""
+
+    __slots__ = ()
+
+    def __init__(self, tensor: Tensor) -> None:
+        super().__init__(tensor.count, tensor.width, trained=True)
+        self.storage = tensor.storage
+
+
 class Saved:
     """A kept tensor."""
 
@@ -249,17 +259,16 @@ class Node:
 
 
 def backward(tape: Tape, loss: Tensor) -> None:
-    """Run the graph behind `loss`. Nodes made in phase "loss" run in it, all others in "backward"."""
+    """Run the graph behind `loss`. Nodes made in phase "loss" run in "loss backward", all others in "backward"."""
     root = loss.node
     assert isinstance(root, Node), "nothing is trained"
-    root.grads = tape.make(4)
-    del loss
+    first = root.grads = tape.make(4)  # torch.autograd.backward holds on to it
     _count_users(root)
     ready: list[Node] = [root]
     queued = {root.sequence}
     while ready:
         node = heapq.heappop(ready)
-        phase = "loss" if node.phase == "loss" else "backward"
+        phase = "loss backward" if node.phase == "loss" else "backward"
         if tape.phase != phase:
             tape.enter(phase)
         run, edges, grads = node.run, node.edges, node.grads
@@ -284,6 +293,7 @@ def backward(tape: Tape, loss: Tensor) -> None:
                     heapq.heappush(ready, edge)
             del grad
         del edges, outputs, node
+    del first
 
 
 def _count_users(root: Node) -> None:
@@ -307,6 +317,9 @@ def _accumulate(tape: Tape, parameter: Parameter, grad: Storage) -> None:
     if parameter.users == 0:
         whole, parameter.pending = parameter.pending, None
         assert whole is not None
+        if isinstance(parameter, Leaf):
+            parameter.gradient = whole
+            return
         whole.count_as(GRADIENTS)
         tape.on_gradient(parameter, whole)
 
