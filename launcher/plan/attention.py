@@ -52,7 +52,9 @@ def flash(tape: Tape, q: Tensor, k: Tensor, v: Tensor, at: Heads, *, workspace: 
     return _kernel(tape, q, k, v, None, at, padded=1, seeds=1, workspace=workspace)
 
 
-def _kernel(tape: Tape, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, at: Heads, *, padded: int, seeds: int, workspace: bool) -> Tensor:
+def _kernel(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, at: Heads, *, padded: int, seeds: int, workspace: bool
+) -> Tensor:
     """Keeps its inputs, its output and a log-sum-exp a query and head; `padded`: queries are rounded up to this."""
     needs = any(t.node is not None for t in (q, k, v))
     kept = [tape.save(t) for t in (q, k, v, bias) if t is not None] if needs else []
@@ -96,9 +98,7 @@ def repeat_kv(tape: Tape, x: Tensor, at: Heads) -> Tensor:
     return tape.record(x.count // at.kv_heads * at.heads, x.width, lambda grad: (tape.make(size),), x)
 
 
-def eager(
-    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, *, p: float = 0.0, softcap: bool = False
-) -> Tensor:
+def eager(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, *, p: float = 0.0, softcap: bool = False) -> Tensor:
     """transformers' eager_attention_forward: scores of every query and key, softmax in fp32."""
     key, value = repeat_kv(tape, k, at), repeat_kv(tape, v, at)
     scores = scale(tape, _scores(tape, q, key, at))
@@ -143,5 +143,3 @@ def batched_matmul(tape: Tape, a: Tensor, b: Tensor, count: int) -> Tensor:
         return grad_a, grad_b
 
     return tape.record(count, a.width, run, a, b)
-
-

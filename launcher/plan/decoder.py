@@ -11,13 +11,27 @@ from typing import Any
 from launcher.plan.attention import Heads, eager, flash, sdpa
 from launcher.plan.inventory import Config, head_dim, is_sparse, kv_heads
 from launcher.plan.operators import (
-    FP32, add, cast, copy, join, layer_norm, linear, mul, part, pointwise, pointwise_of_result, rms_norm, rotate, scale, split,
+    FP32,
+    add,
+    cast,
+    copy,
+    join,
+    layer_norm,
+    linear,
+    mul,
+    part,
+    pointwise,
+    pointwise_of_result,
+    rms_norm,
+    rotate,
+    scale,
+    split,
 )  # fmt: skip
 from launcher.plan.tape import Tape, Tensor
 from launcher.plan.workload import Workload
 
 CLOSED_FORMS = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite",
-                          "mixtral", "qwen3_moe"})  # fmt: skip
+                          })  # fmt: skip
 """Model types whose forward and backward are told exactly here; tests/test_referee.py holds each to a trace."""
 
 Block = dict[str, Any]

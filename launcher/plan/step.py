@@ -9,7 +9,7 @@ from launcher.plan.decoder import Pass, decoder_layer, layer_type
 from launcher.plan.inventory import Config, head_dim
 from launcher.plan.operators import FP32, cast, cross_entropy, embed, gather_rows, linear, matmul, pointwise_of_result, rms_norm, scale
 from launcher.plan.shape import read_text_part
-from launcher.plan.tape import CHECKPOINTS, LOGITS, Leaf, Parameter, Tape, Tensor, backward, checkpoint, counting_as, drop_gradient
+from launcher.plan.tape import CHECKPOINTS, LOGITS, Parameter, Sink, Tape, Tensor, backward, checkpoint, counting_as, drop_gradient
 from launcher.plan.workload import Workload, build_block
 
 OnLayer = Callable[[Tape, int], Callable[[], None]]
@@ -63,7 +63,7 @@ def _hidden_states(tape: Tape, work: Workload, config: Config, model: _Model) ->
         embedded = scale(tape, embedded)
     if embedded.node is None and work.checkpointing != "off" and tape.grad_enabled:
         # activation_checkpointing_enable asks the embedding's output for a gradient
-        embedded.node = Leaf(embedded)
+        embedded.node = Sink(embedded.storage)
     if kind == "granite":
         embedded = scale(tape, embedded)
     # Checkpointed layers keep this for their recomputation; otherwise masks and tables end with the last layer.
@@ -75,8 +75,10 @@ def _hidden_states(tape: Tape, work: Workload, config: Config, model: _Model) ->
         if work.checkpointing == "off" or not tape.grad_enabled:
             hidden = decoder_layer(run, block, layer, hidden)
         else:
-            hidden = checkpoint(tape, _layer_function(run.for_layer(layer), block, layer), hidden)
-    style = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gpt_oss": "late", "olmo2": "late"}.get(config["model_type"], "llama")
+            hidden = checkpoint(tape, _layer_function(run.for_layer(layer), block, layer), hidden, offload=work.checkpointing == "offload")
+    style = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gpt_oss": "late", "olmo2": "late"}.get(
+        config["model_type"], "llama"
+    )
     return rms_norm(tape, hidden, model.norm, style=style)
 
 

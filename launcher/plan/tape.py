@@ -38,11 +38,11 @@ Gradient = "Storage | None"
 class Tape:
     """The one who counts. `peaks` holds, phase by phase, the most that was live and how it was made up."""
 
-    __slots__ = ("accumulates_in_place", "events", "frame", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient", "peaks", "phase",
+    __slots__ = ("accumulates_in_place", "events", "frame", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient", "on_host", "peaks", "phase",
                  "recomputing", "round_to", "sequence", "top")  # fmt: skip
 
     def __init__(self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True) -> None:
-        self.now = 0
+        self.now = self.on_host = 0
         self.live = [0] * len(KINDS)
         self.peaks: dict[str, tuple[int, list[int]]] = {}
         self.events: list[tuple[str, int, int]] | None = [] if record else None
@@ -55,7 +55,7 @@ class Tape:
         self.recomputing: _Frame | None = None
         self.accumulates_in_place = accumulates_in_place
         self.grad_enabled = True
-        self.on_gradient: Callable[[Parameter, Storage], None] = _keep_gradient
+        self.on_gradient: Callable[[Sink, Storage], None] = _keep_gradient
 
     def enter(self, phase: str) -> None:
         """From here on, peaks are this phase's."""
@@ -138,32 +138,29 @@ class Tensor:
 
     __slots__ = ("count", "node", "slot", "storage", "width")
 
-    def __init__(self, storage: Any, count: int, width: int, node: Node | Parameter | None = None, slot: int = 0) -> None:
+    def __init__(self, storage: Any, count: int, width: int, node: Node | Sink | None = None, slot: int = 0) -> None:
         self.storage, self.count, self.width, self.node, self.slot = storage, count, width, node, slot
 
 
 class Parameter(Tensor):
-    """A weight. Its bytes are the states' (launcher/plan/states.py), not the tape's."""
-
-    __slots__ = ("gradient", "pending", "sequence", "users")
-
-    def __init__(self, count: int, width: int, trained: bool) -> None:
-        super().__init__(None, count, width, None)
-        self.node = self if trained else None
-        self.sequence = sys.maxsize
-        self.users = 0
-        self.pending: Storage | None = None
-        self.gradient: Storage | None = None
-
-
-class Leaf(Parameter):
-    """A tensor that is no weight and is made to need a gradient: the graph keeps both until it ends."""
+    """A weight. Its bytes are the states' (launcher/plan/states.py), not the tape's; its gradient's are."""
 
     __slots__ = ()
 
-    def __init__(self, tensor: Tensor) -> None:
-        super().__init__(tensor.count, tensor.width, trained=True)
-        self.storage = tensor.storage
+    def __init__(self, count: int, width: int, trained: bool) -> None:
+        super().__init__(None, count, width, Sink() if trained else None)
+
+
+class Sink:
+    """Where a gradient ends: a trained weight, or a tensor that is made to need a gradient (a leaf), which the graph then keeps."""
+
+    __slots__ = ("gradient", "leaf", "pending", "users")
+
+    def __init__(self, leaf: Storage | None = None) -> None:
+        self.leaf = leaf
+        self.users = 0
+        self.pending: Storage | None = None
+        self.gradient: Storage | None = None
 
 
 class Saved:
@@ -201,12 +198,12 @@ class _Enough(Exception):
 class _Frame:
     """One checkpointed call: the function and its arguments, and the promises it gave."""
 
-    __slots__ = ("function", "inputs", "promises", "recomputed", "stored", "tape")
+    __slots__ = ("function", "inputs", "offloaded", "promises", "recomputed", "stored", "tape")
 
-    def __init__(self, tape: Tape, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, tape: Tape, function: Callable[[Tensor], Tensor], inputs: Any) -> None:
         self.tape, self.function, self.inputs = tape, function, inputs
         self.promises: list[weakref.ref[_Promise]] = []
-        self.recomputed, self.stored = False, 0
+        self.recomputed, self.stored, self.offloaded = False, 0, False
 
     def hold(self) -> _Promise:
         promise = _Promise(self)
@@ -226,6 +223,8 @@ class _Frame:
         tape = self.tape
         outer, tape.recomputing = tape.recomputing, self
         kind, tape.kind = tape.kind, ACTIVATIONS
+        if self.offloaded:
+            self.inputs = tuple(tape.new(count, width) for count, width in self.inputs)
         try:
             self.function(*self.inputs)
         except _Enough:
@@ -234,13 +233,21 @@ class _Frame:
             tape.recomputing, tape.kind = outer, kind
 
 
-def checkpoint(tape: Tape, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """The function's output, with its arguments kept in place of all that its backward needs (use_reentrant=False)."""
-    inputs[0].storage.count_as(CHECKPOINTS)
-    frame = _Frame(tape, function, inputs)
+def checkpoint(tape: Tape, function: Callable[[Tensor], Tensor], x: Tensor, *, offload: bool = False) -> Tensor:
+    """The function's output, with its argument kept in place of all that its backward needs (use_reentrant=False).
+
+    `offload`: the argument goes to host memory, and comes back for the recomputation (transformers' save_on_cpu).
+    """
+    frame = _Frame(tape, function, (x,))
+    if offload:
+        frame.offloaded = True
+        frame.inputs = ((x.count, x.width),)
+        tape.on_host += x.count * x.width
+    else:
+        x.storage.count_as(CHECKPOINTS)
     outer, tape.frame = tape.frame, frame
     try:
-        return function(*inputs)
+        return function(x)
     finally:
         tape.frame = outer
 
@@ -271,6 +278,7 @@ def backward(tape: Tape, loss: Tensor) -> None:
         phase = "loss backward" if node.phase == "loss" else "backward"
         if tape.phase != phase:
             tape.enter(phase)
+            tape.kind = LOGITS if node.phase == "loss" else ACTIVATIONS
         run, edges, grads = node.run, node.edges, node.grads
         node.run = node.grads = None
         node.edges = ()
@@ -281,7 +289,7 @@ def backward(tape: Tape, loss: Tensor) -> None:
             outputs[index] = None
             if edge is None or grad is None:
                 continue
-            if isinstance(edge, Parameter):
+            if isinstance(edge, Sink):
                 _accumulate(tape, edge, grad)
             else:
                 if isinstance(edge.grads, list):
@@ -303,25 +311,26 @@ def _count_users(root: Node) -> None:
     while stack:
         node = stack.pop()
         for edge, _ in node.edges:
-            if isinstance(edge, Parameter):
+            if isinstance(edge, Sink):
                 edge.users += 1
             elif edge is not None and edge.sequence not in seen:
                 seen.add(edge.sequence)
                 stack.append(edge)
 
 
-def _accumulate(tape: Tape, parameter: Parameter, grad: Storage) -> None:
-    parameter.users -= 1
-    parameter.pending = _add(tape, parameter.pending, grad)
+def _accumulate(tape: Tape, sink: Sink, grad: Storage) -> None:
+    sink.users -= 1
+    sink.pending = _add(tape, sink.pending, grad)
     del grad
-    if parameter.users == 0:
-        whole, parameter.pending = parameter.pending, None
-        assert whole is not None
-        if isinstance(parameter, Leaf):
-            parameter.gradient = whole
-            return
-        whole.count_as(GRADIENTS)
-        tape.on_gradient(parameter, whole)
+    if sink.users:
+        return
+    whole, sink.pending = sink.pending, None
+    assert whole is not None
+    if sink.leaf is not None:
+        sink.gradient = whole
+        return
+    whole.count_as(GRADIENTS)
+    tape.on_gradient(sink, whole)
 
 
 def _add(tape: Tape, old: Storage | None, new: Storage) -> Storage:
@@ -346,13 +355,11 @@ def _count_references_of_a_lone_gradient() -> int:
 _LONE = _count_references_of_a_lone_gradient()
 
 
-def _keep_gradient(parameter: Parameter, grad: Storage) -> None:
-    """A first micro-step: autograd's gradient becomes the parameter's. A later one: it is added, and goes."""
-    if parameter.gradient is None:
-        parameter.gradient = grad
+def _keep_gradient(sink: Sink, grad: Storage) -> None:
+    sink.gradient = grad
 
 
-def drop_gradient(parameter: Parameter, grad: Storage) -> None:
+def drop_gradient(sink: Sink, grad: Storage) -> None:
     """What ZeRO-2 and 3 do: copied to where it belongs, and gone."""
 
 
