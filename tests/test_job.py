@@ -23,7 +23,7 @@ def recipe(tiny: Path, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(f"""
 name: tiny
-model: {{name_or_path: {tiny}/model}}
+model: {{name_or_path: {tiny}/model, dtype: fp32}}
 method: {{kind: qlora, r: 4}}
 data: {{train: {tiny}/train.jsonl, eval: {tiny}/eval.jsonl, seq_len: 64}}
 batch: {{global_batch_size: 8}}
