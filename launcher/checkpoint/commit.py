@@ -30,7 +30,7 @@ class ShardRecord:
     """A rank's part as COMMIT knows it."""
 
     rank: int
-    bytes: int
+    num_bytes: int
     manifest_hash: str
 
 
@@ -60,8 +60,8 @@ class Commit:
         return step_folder(self.step)
 
     @property
-    def bytes(self) -> int:
-        return sum(shard.bytes for shard in self.shards)
+    def num_bytes(self) -> int:
+        return sum(shard.num_bytes for shard in self.shards)
 
     def to_json(self) -> bytes:
         facts = {"format": FORMAT_VERSION, **asdict(self)}
@@ -112,7 +112,9 @@ def load_commit(storage: Storage, step: int) -> Commit:
     except (ValueError, KeyError, TypeError, AttributeError):
         raise DamagedCheckpoint(f"{name} is cut off or changed") from None
     if version != FORMAT_VERSION:
-        raise CheckpointError(f"{name} has checkpoint format {version}, and this version reads {FORMAT_VERSION}", "use the version that wrote it")
+        raise CheckpointError(
+            f"{name} has checkpoint format {version}, and this version reads {FORMAT_VERSION}", "use the version that wrote it"
+        )
     # Written again it must be the same bytes: a change that JSON does not see is a change too.
     if _digest(facts) != digest or json.dumps({**facts, "digest": digest}, indent=1).encode() != data:
         raise DamagedCheckpoint(f"{name} was changed: it does not match its digest")
@@ -132,7 +134,9 @@ def load_manifest(storage: Storage, commit: Commit, rank: int) -> Manifest:
     return read_manifest(data, name)
 
 
-def wait_for_manifests(storage: Storage, step: int, world_size: int, attempt: str, given_up: Callable[[], bool]) -> tuple[ShardRecord, ...] | None:
+def wait_for_manifests(
+    storage: Storage, step: int, world_size: int, attempt: str, given_up: Callable[[], bool]
+) -> tuple[ShardRecord, ...] | None:
     """Each rank's record, once the manifests of this attempt are all on storage; None where `given_up` says so first."""
     records: dict[int, ShardRecord] = {}
     pause = POLL_S[0]
@@ -157,7 +161,7 @@ def _find_record(storage: Storage, step: int, rank: int, attempt: str) -> ShardR
         return None
     if manifest.attempt != attempt:
         return None  # left by a save that was cut short
-    return ShardRecord(rank=rank, bytes=manifest.bytes, manifest_hash=hash_bytes(data))
+    return ShardRecord(rank=rank, num_bytes=manifest.num_bytes, manifest_hash=hash_bytes(data))
 
 
 def write_commit(storage: Storage, commit: Commit) -> None:

@@ -110,7 +110,7 @@ def _lives_here(owner: dict[str, Any]) -> bool | None:
     """Whether the owner's process is alive; None where it is of another machine."""
     if owner["boot"] != _boot_id() or owner["host"] != platform.node():
         return None
-    return _birth_of(owner["pid"]) == owner["born"]
+    return bool(_birth_of(owner["pid"]) == owner["born"])
 
 
 def _birth_of(pid: int) -> float | None:

@@ -48,7 +48,7 @@ class Piece:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fragment:
-    """A fragment on storage: the `bytes` bytes at `offset` of its rank's file, hashed chunk by chunk."""
+    """A fragment on storage: the `num_bytes` bytes at `offset` of its rank's file, hashed chunk by chunk."""
 
     name: str
     kind: str
@@ -58,7 +58,7 @@ class Fragment:
     dtype: str
     block_offset: int
     offset: int
-    bytes: int
+    num_bytes: int
     hashes: tuple[str, ...]
 
 
@@ -69,7 +69,7 @@ class Manifest:
     rank: int
     attempt: str
     file: str
-    bytes: int
+    num_bytes: int
     header_bytes: int
     header_hash: str
     fragments: tuple[Fragment, ...]
@@ -107,14 +107,14 @@ def write_shard(storage: Storage, folder: str, rank: int, attempt: str, pieces: 
     storage.write(f"{folder}/{shard_name(rank)}", parts())
     fragments = tuple(
         Fragment(name=p.name, kind=p.kind, start=p.start, length=p.length, shape=p.shape, dtype=p.dtype, block_offset=p.block_offset,
-                 offset=offset, bytes=len(p.data), hashes=tuple(found))
+                 offset=offset, num_bytes=len(p.data), hashes=tuple(found))
         for p, offset, found in zip(pieces, offsets, hashes, strict=True)
     )  # fmt: skip
     manifest = Manifest(
         rank=rank,
         attempt=attempt,
         file=shard_name(rank),
-        bytes=len(header) + sum(len(piece.data) for piece in pieces),
+        num_bytes=len(header) + sum(len(piece.data) for piece in pieces),
         header_bytes=len(header),
         header_hash=hash_bytes(header),
         fragments=fragments,
@@ -162,7 +162,7 @@ def read_elements(storage: Storage, file: str, fragment: Fragment, start: int, s
     size = DTYPE_BYTES[fragment.dtype]
     first, last = (start - fragment.start) * size, (stop - fragment.start) * size
     begin = first // CHUNK_BYTES * CHUNK_BYTES
-    end = min(-(-last // CHUNK_BYTES) * CHUNK_BYTES, fragment.bytes)
+    end = min(-(-last // CHUNK_BYTES) * CHUNK_BYTES, fragment.num_bytes)
     try:
         data = memoryview(storage.read(file, fragment.offset + begin, end - begin))
     except FileNotFoundError:
@@ -182,8 +182,8 @@ def check_shard(storage: Storage, folder: str, manifest: Manifest) -> None:
         header = storage.read(file, 0, manifest.header_bytes)
     except (FileNotFoundError, KeyError):
         raise DamagedCheckpoint(f"{file} is missing") from None
-    if size != manifest.bytes:
-        raise DamagedCheckpoint(f"{file} has {size:,} bytes, and {manifest.bytes:,} were written")
+    if size != manifest.num_bytes:
+        raise DamagedCheckpoint(f"{file} has {size:,} bytes, and {manifest.num_bytes:,} were written")
     if hash_bytes(header) != manifest.header_hash:
         raise DamagedCheckpoint(f"{file} was changed: its header does not match its hash")
     for fragment in manifest.fragments:

@@ -148,7 +148,9 @@ class RemoteStorage:
         try:
             self._fs, self._root = FileSystem.from_uri(url)
         except (ArrowException, ValueError, OSError) as error:
-            raise CheckpointError(f"{url} cannot be reached: {_first_line(error)}", "write a path, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER") from None
+            raise CheckpointError(
+                f"{url} cannot be reached: {_first_line(error)}", "write a path, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
+            ) from None
         self.url, self._watch = url, watch
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:

@@ -27,7 +27,14 @@ from launcher.errors import CheckpointError
 KNOWN_DEEPSPEED = "0.19."
 MASTER = "master"
 BEST = "best"
-SAFETENSORS_DTYPE = {torch.uint8: "U8", torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64", torch.float64: "F64"}
+SAFETENSORS_DTYPE = {
+    torch.uint8: "U8",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int64: "I64",
+    torch.float64: "F64",
+}
 TORCH_DTYPE = {name: dtype for dtype, name in SAFETENSORS_DTYPE.items()}
 
 
@@ -123,12 +130,14 @@ def list_sources(engine: Any) -> tuple[list[Source], dict[str, Any]]:
     sources: list[Source] = []
     scalars: dict[str, Any] = {}
     for index, segment in enumerate(segments):
-        state = states[segment.holder] if segment.holder in states else {}
+        state = states.get(segment.holder, {})
         scalars |= _scalars(state)
         if engine.zero_optimization_stage() == 0:
             if index % ranks == rank:
                 sources += [
-                    Source(name=segment.name, kind=key, start=0, shape=tuple(value.shape), block_offset=0, tensor=value.detach().reshape(-1))
+                    Source(
+                        name=segment.name, kind=key, start=0, shape=tuple(value.shape), block_offset=0, tensor=value.detach().reshape(-1)
+                    )
                     for key, value in _factored(state, segment.holder)
                 ]
             segment = _share(segment, rank, ranks)
@@ -269,7 +278,9 @@ def _read_codes(reader: Reader, span: Span, kind: str) -> tuple[torch.Tensor, to
     codes = _tensor(reader.read(span), "U8")
     own = reader.find_own(span.rank, span.fragment.name, f"absmax{kind[-1]}")
     if own is None:
-        raise CheckpointError(f"{reader.commit.folder}: {kind} of {span.fragment.name} has no scales", "resume from an earlier one: --resume PATH")
+        raise CheckpointError(
+            f"{reader.commit.folder}: {kind} of {span.fragment.name} has no scales", "resume from an earlier one: --resume PATH"
+        )
     scales = _tensor(reader.read(own), "F32")
     place = torch.arange(span.start, span.stop) - span.fragment.start + span.fragment.block_offset
     return codes, scales[place // BLOCK_ELEMENTS]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -56,24 +57,24 @@ def resume(plan: Plan, engine: Any, own: Storage, identity: dict[str, Any], repo
     or where what is asked for is not what a checkpoint was made from. Every rank takes part.
     """
     damaged: list[str] = []
-    while (step := _ask_rank_0(lambda: _newest(own))) is not None:
+    while (step := _ask_rank_0(partial(_newest, own))) is not None:
         found = _try(plan, engine, own, step, identity, report)
         if isinstance(found, Resumed):
             return found
         damaged.append(found)
         report({"event": "note", "text": f"checkpoint of step {step} is damaged and left out: {found}"})
-        _ask_rank_0(lambda: mark_damaged(own, step, found))
+        _ask_rank_0(partial(mark_damaged, own, step, found))
     if damaged:
-        raise CheckpointError(
-            f"none of the run's {len(damaged)} checkpoints is whole; the newest: {damaged[0]}", "start over with --fresh"
-        )
+        raise CheckpointError(f"none of the run's {len(damaged)} checkpoints is whole; the newest: {damaged[0]}", "start over with --fresh")
     if not plan.resume:
         return Resumed(state=TrainState(), best_weights={}, source="")
     place, named = split_step_url(plan.resume)
     found = _try(plan, engine, open_storage(place), named, identity, report)
     if isinstance(found, Resumed):
         return found
-    raise CheckpointError(f"{plan.resume} is damaged: {found}", "lepton-launch checkpoints RUN verify shows which of its checkpoints are whole")
+    raise CheckpointError(
+        f"{plan.resume} is damaged: {found}", "lepton-launch checkpoints RUN verify shows which of its checkpoints are whole"
+    )
 
 
 def _newest(storage: Storage) -> int | None:
@@ -83,7 +84,7 @@ def _newest(storage: Storage) -> int | None:
 def _try(plan: Plan, engine: Any, storage: Storage, step: int, identity: dict[str, Any], report: Callable[[Event], None]) -> Resumed | str:
     """Load a checkpoint into the engine, or say what is damaged in it."""
     report({"event": "phase", "name": f"reading the checkpoint of step {step}"})
-    found = _ask_rank_0(lambda: _load_checked(plan, storage, step, identity))
+    found: tuple[Commit, list[str]] | str = _ask_rank_0(partial(_load_checked, plan, storage, step, identity))
     if isinstance(found, str):
         return found
     commit, changes = found
@@ -98,7 +99,7 @@ def _try(plan: Plan, engine: Any, storage: Storage, step: int, identity: dict[st
     reasons: list[Any] = [""] * dist.get_world_size()
     dist.all_gather_object(reasons, wrong)
     if any(reasons) or loaded is None:
-        return next(reason for reason in reasons if reason)
+        return str(next(reason for reason in reasons if reason))
     for change in changes:
         report({"event": "note", "text": f"changed since the checkpoint: {change}"})
     fragments, best_weights, random_states = loaded

@@ -42,15 +42,24 @@ class Saver:
     """The saves of one rank of a run. Every rank calls every method equally often and in the same order."""
 
     def __init__(
-        self, plan: Plan, engine: Any, storage: Storage, lease: Lease | None, identity: dict[str, Any], total_steps: int, report: Callable[[Event], None]
+        self,
+        plan: Plan,
+        engine: Any,
+        storage: Storage,
+        *,
+        lease: Lease | None,
+        identity: dict[str, Any],
+        total_steps: int,
+        best_weights: Callable[[], dict[str, torch.Tensor]],
+        report: Callable[[Event], None],
     ) -> None:
         self._plan, self._engine, self._storage, self._lease = plan, engine, storage, lease
-        self._identity, self._total_steps, self._report = identity, total_steps, report
+        self._identity, self._total_steps, self._best_weights, self._report = identity, total_steps, best_weights, report
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._session = _agree(secrets.token_hex(6))
         self._began = self._saved_at = time.monotonic()
         self._train_s_before = 0.0
-        self._saved_step = 0
+        self._saved_step = self._committed_step = 0
         self._arena = torch.empty(0, dtype=torch.uint8)
         self._thread: threading.Thread | None = None
         self._staged, self._written, self._abandoned = threading.Event(), threading.Event(), threading.Event()
@@ -60,7 +69,8 @@ class Saver:
 
     def resume_at(self, state: TrainState) -> None:
         """Count on from a loaded state: its step is saved already."""
-        self._saved_step, self._train_s_before = state.step, state.train_s
+        self._saved_step = self._committed_step = state.step
+        self._train_s_before = state.train_s
         self._began = self._saved_at = time.monotonic()
 
     @property
@@ -81,7 +91,7 @@ class Saver:
             self._staged.wait()
             self._stall_s += time.perf_counter() - began
 
-    def after_step(self, state: TrainState, best_weights: dict[str, torch.Tensor], *, due: bool, failed: bool, last: bool) -> None:
+    def after_step(self, state: TrainState, *, due: bool, failed: bool, last: bool) -> None:
         """Save if it is time; `due`, `failed` and `last` are the same on every rank. The last save is waited for."""
         if failed:
             self._finish()
@@ -92,17 +102,23 @@ class Saver:
         if wanted.keep_best and state.best_step == state.step:
             due = True
         if (due or last) and state.step > self._saved_step:
-            self._save(state, best_weights)
+            self._save(state)
         if last:
             self.finish()
 
-    def _save(self, state: TrainState, best_weights: dict[str, torch.Tensor]) -> None:
+    def describe_last(self) -> str:
+        """What a stopped run can go on from."""
+        if self._committed_step:
+            return f"saved at step {self._committed_step}: the same command goes on from there"
+        return "nothing could be saved: the same command starts over"
+
+    def _save(self, state: TrainState) -> None:
         self.finish()
         began = time.perf_counter()
         self._saved_step, self._saved_at = state.step, time.monotonic()
         state = replace(state, train_s=self.train_s)
         sources, scalars = list_sources(self._engine)
-        sources += list_best(self._engine, best_weights) + list_random_states()
+        sources += list_best(self._engine, self._best_weights()) + list_random_states()
         scalars |= read_loss_scale(self._engine)
         for event in (self._staged, self._written, self._abandoned):
             event.clear()
@@ -162,7 +178,7 @@ class Saver:
                 target.copy_(source.tensor, non_blocking=stream is not None)
         if stream is not None:
             stream.synchronize()
-        held = memoryview(self._arena.numpy())
+        held = memoryview(self._arena.numpy())  # type: ignore[arg-type]
         return [
             Piece(name=s.name, kind=s.kind, start=s.start, length=s.tensor.numel(), shape=s.shape, dtype=SAFETENSORS_DTYPE[s.tensor.dtype],
                   block_offset=s.block_offset, data=held[start : start + count_bytes([s])])
@@ -177,7 +193,7 @@ class Saver:
             self._lease.check()
         whole = replace(commit, shards=records, time=time.time())
         write_commit(self._storage, whole)
-        self._outcome = {"event": "checkpoint", "step": commit.step, "bytes": whole.bytes, "write_s": time.perf_counter() - began,
+        self._outcome = {"event": "checkpoint", "step": commit.step, "bytes": whole.num_bytes, "write_s": time.perf_counter() - began,
                          "path": f"{self._storage.url}/{whole.folder}"}  # fmt: skip
         prune(self._storage, self._plan.recipe.save.keep, commit.best_step if self._plan.recipe.save.keep_best else 0)
 
@@ -202,6 +218,7 @@ class Saver:
         self._stall_s += time.perf_counter() - began
         self._thread, self._error = None, None
         if not any(reasons):
+            self._committed_step = self._saved_step
             return
         if self._outcome is None and self._rank == 0:
             delete_step(self._storage, self._saved_step)

@@ -34,4 +34,5 @@ class TrainState:
 
 
 def read_state(facts: dict[str, Any]) -> TrainState:
-    return TrainState(**{name: math.inf if value is None else value for name, value in facts.items()})
+    known: dict[str, Any] = {name: math.inf if value is None else value for name, value in facts.items()}
+    return TrainState(**known)
