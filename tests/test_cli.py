@@ -214,7 +214,7 @@ def test_workers_nodes_and_cluster_reach_the_plan(recipe: Path) -> None:
 
 def test_a_machine_with_gpus_can_be_told_to_use_its_cpu(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "find_gpus", lambda: [("NVIDIA T4", 16 << 30, 7.5)])
-    monkeypatch.setattr(cluster, "_cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(cluster, "cpu_has_bf16", lambda: False)
     plan = json.loads(invoke(recipe, "--accelerator", "cpu", "--dry-run", "--json").stdout)
     assert (plan["layout"]["backend"], plan["layout"]["dtype"], plan["cluster"]["device_name"]) == ("gloo", "fp32", "CPU")
 

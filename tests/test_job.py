@@ -127,6 +127,7 @@ def test_a_run_from_recipe_to_adapter_beside_another_ray(recipe: Path, tmp_path:
     assert {p.name for p in folder.path.iterdir()} == {"recipe.yaml", "plan.json", "metrics.jsonl", "status.json", "logs", "model", "report.md",
                                                        "loss.png", "trackers"}  # fmt: skip
     assert {p.name for p in folder.model.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"}
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.model.iterdir()} == {"0o644"}, "others may read it"
     assert [p.name for p in sorted((folder.path / "logs").iterdir())] == ["rank-00000.log", "rank-00001.log"]
     assert list(folder.trackers.rglob("events.out.tfevents.*"))
     events = list(read_events(folder))
