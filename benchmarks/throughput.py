@@ -95,9 +95,11 @@ def measure(system: str, config: str, steps: int, out: Path) -> None:
 
 
 def run_ours(plan: Any, me: Any, batches: list[Any]) -> tuple[list[float], list[float]]:
+    from launcher.checkpoint.storage import open_storage
     from launcher.train.loop import train
     from launcher.train.methods import apply_method
     from launcher.train.model import load_base
+    from launcher.train.saving import Saver
     from launcher.train.state import TrainState
     from launcher.train.worker import build_engine, device_of
 
@@ -109,8 +111,11 @@ def run_ours(plan: Any, me: Any, batches: list[Any]) -> tuple[list[float], list[
         ends.append(time.perf_counter())
         losses.append(event["loss"])
 
-    train(engine, batches, TrainState(), total_steps=len(batches), samples_per_epoch=94, lr_at=lambda step: plan.recipe.optim.lr,
-          evaluate=lambda state: state, is_over=lambda state: False, report=report, stop_asked=lambda: False)  # fmt: skip
+    # total_steps is one that is not reached: HF's trainer and TRL's are told not to save their last step either.
+    saver = Saver(plan, engine, open_storage(plan.checkpoints), lease=None, identity={}, total_steps=len(batches) + 1,
+                  best_weights=dict, report=lambda event: None)  # fmt: skip
+    train(engine, batches, TrainState(), total_steps=len(batches) + 1, samples_per_epoch=94, lr_at=lambda step: plan.recipe.optim.lr,
+          evaluate=lambda state: state, is_over=lambda state: False, saver=saver, report=report, stop_asked=lambda: False)  # fmt: skip
     engine.destroy()
     return ends, losses
 
