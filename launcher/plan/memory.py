@@ -215,9 +215,9 @@ def _make_phases(parts: Parts, traced: StepProfile | None, *, exact: bool, known
 
     # A second flush of the bucket in backward finds the rank's own part already there.
     mine = states.part_bytes if sharding.stage == 2 and counts.trained > sharding.bucket else 0
-    left = states.part_bytes if sharding.stage == 0 or (sharding.stage == 1 and counts.trained > sharding.bucket) else 0
-    if sharding.stage == 1 and left:
-        left = work.width * counts.trained
+    # Gradients that still lie in their parameters when they are reduced, unless they are counted as held already.
+    stays = not several and (sharding.stage == 0 or (sharding.stage == 1 and counts.trained > sharding.bucket))
+    left = work.width * counts.trained if stays else 0
     step_gradients = gradients if sharding.stage == 3 or sharding.offload_optimizer else []
     start = max(0, states.start_peak - states.master - states.optimizer)
     return {
