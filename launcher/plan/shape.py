@@ -5,11 +5,12 @@ from __future__ import annotations
 import fnmatch
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from launcher.errors import ModelError
+from launcher.plan.known import find_known
 from launcher.plan.source import ModelSource
 
 LLAMA_NAMED = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite",
@@ -110,6 +111,9 @@ def load_shape(source: ModelSource, revision: str | None) -> ModelShape:
     """The shape of a located model. A hub id is asked for its config.json only. Raises ModelError."""
     if source.kind == "gguf":
         return _shape_of_gguf(Path(source.path))
+    if source.kind == "hub" and revision is None and (known := find_known(source.path)) is not None:
+        shape = _shape_of_config(known.config.get("text_config") or known.config, Path(f"the shipped config.json of {known.name}"))
+        return replace(shape, has_chat_template=known.has_chat_template)
     path = Path(source.path) / "config.json" if source.kind == "folder" else _fetch_hub_config(source.path, revision)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
