@@ -204,7 +204,7 @@ class Schedule(Spec):
 class Parallel(Spec):
     """How the model is spread over the devices (DeepSpeed ZeRO, Rajbhandari et al. 2019)."""
 
-    zero_stage: Literal[0, 1, 2, 3] | Auto = 2
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = 2
     """0 replicates; 1 shards optimizer states; 2 also gradients; 3 also weights; auto is the fastest that fits."""
     offload: Auto | None = None
     """auto lets the plan choose offload_optimizer and offload_param; without it they are as written."""
@@ -337,6 +337,11 @@ Conflict = tuple[str, str, str]
 """Key, what is wrong, what to do."""
 
 
+def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """What does not go together in a whole recipe, such as one that a plan has changed."""
+    return _find_conflicts(dict(recipe))
+
+
 def _find_conflicts(sections: dict[str, Any]) -> Iterator[Conflict]:
     """What no section can see by itself. Each check takes the sections it names."""
     for check in _CHECKS:
@@ -351,7 +356,11 @@ def _check_method(method: Any) -> Iterator[Conflict]:
     if isinstance(method, QLora) and method.bits == 8 and method.quant_type != "nf4":
         yield "method.quant_type", "is a 4-bit code, and method.bits is 8", "drop method.quant_type or set method.bits to 4"
     if isinstance(method, Lora) and method.quantization and method.init == "pissa":
-        yield "method.quantization", "pissa takes the adapters from the weights as they are, which a quantised base has not", "drop one of the two"
+        yield (
+            "method.quantization",
+            "pissa takes the adapters from the weights as they are, which a quantised base has not",
+            "drop one of the two",
+        )
     if isinstance(method, Lora) and method.dora and method.init == "pissa":
         yield "method.init", "pissa changes the base, and method.dora measures it: no plain adapter says the two", "drop one of the two"
 

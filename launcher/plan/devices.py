@@ -85,7 +85,9 @@ def find_device(name: str) -> Device:
         return device
     near = list(dict.fromkeys(called[known].name for known in difflib.get_close_matches(_plain(name), called, 3, 0.5)))
     remedy = f"did you mean {' or '.join(near)}? " if near else ""
-    raise ClusterError(f"--gpu {name}: no such device in the catalogue", f"{remedy}it has {', '.join(devices)}; for another, write a cluster file")
+    raise ClusterError(
+        f"--gpu {name}: no such device in the catalogue", f"{remedy}it has {', '.join(devices)}; for another, write a cluster file"
+    )
 
 
 def _plain(name: str) -> str:

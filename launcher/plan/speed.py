@@ -6,16 +6,20 @@ it is not a measurement. The shares below are assumed: what well-tuned fine-tuni
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from launcher.cluster import Cluster
+from launcher.data.rows import HUB_SCHEME, find_files
 from launcher.plan.batch import BatchPlan
 from launcher.plan.devices import Device
 from launcher.plan.layout import Layout
 from launcher.plan.shape import ModelShape
-from launcher.recipe import Full, Lora, QLora, Recipe
+from launcher.recipe import Data, Full, Lora, QLora, Recipe
 from launcher.units import DTYPE_BYTES
 
+Bound = Literal["compute", "memory", "network", "host", "launches"]
 MATMUL_SHARE = 0.62
 """Of the maker's FLOP/s that large matrix products reach."""
 SMALL_TOKENS, SMALL_WIDTH = 256, 512
@@ -40,7 +44,7 @@ class Speed:
     mfu: float
     """FLOPs that the model needs (recomputation not counted) over what the devices could do in the time."""
     flops_per_step: float
-    bound: Literal["compute", "memory", "network", "host", "launches"]
+    bound: Bound
     steps: int | None
     """Optimizer steps of the whole run; None where the data does not tell."""
     total_s: float | None
@@ -54,7 +58,7 @@ def estimate_step(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
     parts = _time_micro_step(recipe, shape, layout, device, micro_tokens, trained)
     accumulation = batch.gradient_accumulation_steps
     network = accumulation * parts["network"] if layout.zero_stage >= 2 else parts["network"]
-    times = {
+    times: dict[Bound, float] = {
         "compute": accumulation * parts["compute"],
         "memory": accumulation * parts["memory"] + _time_optimizer(recipe, layout, device, trained, on_host=False),
         "network": network,
@@ -67,9 +71,43 @@ def estimate_step(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
     tokens = batch.global_batch_size * batch.seq_len
     needed = tokens * _flops_a_token(recipe, shape, batch.seq_len, trained)
     peak = _peak_flops(layout, device) * layout.world_size
-    bound: Literal["compute", "memory", "network", "host", "launches"] = max(times, key=lambda name: times[name])  # type: ignore[assignment]
+    bound = max(times, key=lambda name: times[name])
     return Speed(step_s=step_s, tokens_per_s=tokens / step_s, mfu=needed / (peak * step_s), flops_per_step=needed, bound=bound,
                  steps=None, total_s=None, cost=None)  # fmt: skip
+
+
+def estimate_run(recipe: Recipe, cluster: Cluster, speed: Speed, base_dir: str) -> Speed:
+    """The step's estimate with the whole run's steps, time and cost, as far as the data tells how long it is."""
+    schedule, tokens = recipe.schedule, count_tokens(recipe.data, base_dir)
+    steps = schedule.max_steps
+    if tokens is not None:
+        a_step = recipe.batch.global_batch_size * recipe.data.seq_len
+        wanted = max(1, math.ceil(schedule.epochs * tokens / a_step))
+        steps = min(wanted, steps) if steps else wanted
+    if steps is None:
+        return speed
+    total_s = steps * speed.step_s
+    price = cluster.price_per_device_hour
+    cost = None if price is None else price * cluster.nodes * cluster.workers_per_node * total_s / 3600
+    return replace(speed, steps=steps, total_s=total_s, cost=cost)
+
+
+def count_tokens(data: Data, base_dir: str) -> int | None:
+    """About how many tokens an epoch has, from the size of its files; None where that does not tell (hub, compressed, columns).
+
+    Only for packed data, whose sequences are full.
+    """
+    if not data.packing:
+        return None
+    total = 0.0
+    for source in data.train:
+        if source.path.startswith(HUB_SCHEME) or source.limit:
+            return None
+        files = find_files(source, base_dir)
+        if any(path.suffix not in (".jsonl", ".json", ".csv", ".tsv") for path in files):
+            return None
+        total += source.weight * sum(path.stat().st_size for path in files)
+    return math.ceil(total * (1 - data.eval_fraction) / BYTES_A_TOKEN)
 
 
 def _peak_flops(layout: Layout, device: Device) -> float:
@@ -88,16 +126,16 @@ def _flops_a_token(recipe: Recipe, shape: ModelShape, seq_len: int, trained: int
     return 3.0 * forward if isinstance(recipe.method, Full) else 2.0 * forward + 6.0 * trained
 
 
-def _time_micro_step(
-    recipe: Recipe, shape: ModelShape, layout: Layout, device: Device, tokens: int, trained: int
-) -> dict[str, float]:
+def _time_micro_step(recipe: Recipe, shape: ModelShape, layout: Layout, device: Device, tokens: int, trained: int) -> dict[str, float]:
     """Seconds of one forward and backward, by what they are spent on."""
     seq_len, width, ranks = recipe.data.seq_len, DTYPE_BYTES[layout.dtype], layout.world_size
     flops = _flops_a_token(recipe, shape, seq_len, trained) + layout.gradient_checkpointing * _forward_flops(shape, seq_len)
     share = MATMUL_SHARE * tokens / (tokens + SMALL_TOKENS) * shape.hidden_size / (shape.hidden_size + SMALL_WIDTH)
     passes = 3 if layout.gradient_checkpointing else 2
     # Norms, activations and residuals are read and written a few times each; logits in fp32.
-    moved = tokens * (shape.num_layers * passes * width * (10 * shape.hidden_size + 3 * shape.intermediate_size) + 30 * shape.vocab_size)
+    moved = (
+        1.0 * tokens * (shape.num_layers * passes * width * (10 * shape.hidden_size + 3 * shape.intermediate_size) + 30 * shape.vocab_size)
+    )
     weights = shape.num_layers * shape.layer_linear_params
     weight_bytes = float(shape.num_params * width)
     if isinstance(recipe.method, QLora):
