@@ -18,7 +18,8 @@ from launcher.errors import DataError, ModelError, RecipeError
 from launcher.plan import Plan, load_plan, make_plan
 from launcher.plan.batch import MICRO_BATCH_TOKENS, BatchPlan, check_batch, list_micro_batches, make_batch
 from launcher.plan.describe import describe_plan
-from launcher.plan.shape import ModelShape, load_shape, read_gguf_header
+from launcher.plan.gguf import read_gguf_header
+from launcher.plan.shape import ModelShape, load_shape
 from launcher.plan.source import locate_model
 from launcher.recipe import Batch, Recipe
 
@@ -293,9 +294,10 @@ def test_a_method_that_trains_nothing_is_refused_where_names_are_known(model: Pa
     wrong: dict[str, Any] = {"method": {"kind": "lora", "target_modules": ["c_attn"]}}
     told = problem_of(lambda: plan_of(model, **wrong))
     assert told == "method: trains no parameter of this llama → check target_modules, last_layers or patterns"
-    plan = plan_of(write_config(tmp_path / "gpt2", {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 100,
-                                                    "n_positions": 512}), **wrong)  # fmt: skip
-    assert any("not counted here, because a gpt2" in note for note in plan.notes)
+    gpt2 = {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "vocab_size": 100, "n_positions": 512}
+    assert plan_of(write_config(tmp_path / "gpt2", gpt2), **wrong).trainable_params == 2 * 16 * (64 + 3 * 64)
+    unknown = plan_of(write_config(tmp_path / "new", CONFIG | {"model_type": "brand_new"}), **wrong)
+    assert any("does not know how a brand_new names its layers" in note for note in unknown.notes)
 
 
 def test_memory_of_a_full_fine_tune(model: Path) -> None:
@@ -328,7 +330,7 @@ def test_the_shape_of_the_quickstart_model() -> None:
     assert source.kind == "gguf" and Path(source.path).is_absolute()
     assert shape == ModelShape(model_type="llama", hidden_size=576, intermediate_size=1536, num_layers=30, num_heads=9, num_kv_heads=3,
                                head_dim=64, vocab_size=49152, max_positions=8192, tied_embeddings=True, gated_mlp=True,
-                               has_chat_template=True)  # fmt: skip
+                               has_chat_template=True, config=shape.config)  # fmt: skip
     assert shape.num_params == 134_515_008
     assert shape.lora_params(16, "all-linear") == 4_884_480, "as many as peft makes"
     header = read_gguf_header(Path(source.path))

@@ -15,7 +15,7 @@ from launcher.cluster import Cluster
 from launcher.plan.batch import BatchPlan
 from launcher.plan.budget import Component, DiskNeed, MemoryPlan, Phase, Provenance
 from launcher.plan.layout import Layout
-from launcher.plan.shape import ModelShape
+from launcher.plan.shape import ModelShape, is_head
 from launcher.recipe import Freeze, Full, Lora, Optim, QLora, Recipe
 from launcher.units import DTYPE_BYTES, MIB
 
@@ -137,7 +137,7 @@ def _frozen_bytes(recipe: Recipe, shape: ModelShape, width: int, trained: int) -
         return (shape.num_params - trained) * width
     if isinstance(method, Lora):
         return shape.num_params * width
-    quantised = shape.num_layers * shape.layer_linear_params
+    quantised = sum(b.repeats * w.count for b in shape.inventory for w in b.weights if w.matrix and not is_head(b.prefix, w))
     per_weight = INT8_BYTES if method.bits == 8 else NF4_DOUBLE_QUANT_BYTES if method.double_quant else NF4_BYTES
     return quantised * per_weight + (shape.num_params - quantised) * width
 

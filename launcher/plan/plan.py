@@ -16,7 +16,7 @@ from launcher.plan.deepspeed import choose_bucket, make_deepspeed_config
 from launcher.plan.devices import find_device_of
 from launcher.plan.layout import Layout, make_layout
 from launcher.plan.memory import count_trainable, predict_memory
-from launcher.plan.shape import LLAMA_NAMED, ModelShape, load_shape
+from launcher.plan.shape import ModelShape, load_shape
 from launcher.plan.solve import Choice, Predict, Suggestion, apply_changes, choose, describe_choice, make_candidates, suggest_changes
 from launcher.plan.source import locate_model
 from launcher.recipe import Recipe
@@ -119,12 +119,12 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
     recipe, batch, asked = choice.taken.recipe, choice.taken.batch, recipe
     layout, notes = make_layout(recipe, cluster)
     trainable = count_trainable(recipe, shape)
-    if trainable == 0 and shape.model_type in LLAMA_NAMED:
+    if trainable == 0 and shape.is_known:
         raise RecipeError(
             [Fault("plan", "method", f"trains no parameter of this {shape.model_type}", "check target_modules, last_layers or patterns")]
         )
     if trainable == 0:
-        notes.append(f"trained parameters: not counted here, because a {shape.model_type} names its layers in its own way")
+        notes.append(f"trained parameters: not counted here, because the launcher does not know how a {shape.model_type} names its layers")
     notes += describe_choice(asked, choice)
     if recipe.optim.name == "adafactor" and layout.zero_stage:
         notes.append("adafactor: ZeRO hands it flat partitions, so its second moment is not factored (4 bytes a parameter)")

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Literal
 
 from launcher.cluster import Cluster
 from launcher.data.rows import HUB_SCHEME, find_files
 from launcher.plan.batch import BatchPlan
 from launcher.plan.devices import Device
+from launcher.plan.inventory import Inventory
 from launcher.plan.layout import Layout
-from launcher.plan.shape import ModelShape
+from launcher.plan.shape import ModelShape, is_head, read_text_part
 from launcher.recipe import Data, Full, Lora, QLora, Recipe
 from launcher.units import DTYPE_BYTES
 
@@ -114,10 +116,37 @@ def _peak_flops(layout: Layout, device: Device) -> float:
     return device.flops_fp32 if layout.dtype == "fp32" else device.flops_16bit
 
 
+@dataclass(frozen=True, slots=True)
+class _Matrices:
+    """Weights of linear layers: how many a token meets (the head too, of experts those it is sent to), how many bitsandbytes quantises."""
+
+    met: int
+    quantised: int
+
+
+def _count_matrices(shape: ModelShape) -> _Matrices:
+    config = read_text_part(shape.config)
+    experts = config.get("num_local_experts") or config.get("num_experts") or config.get("n_routed_experts") or 1
+    share = (config.get("num_experts_per_tok") or 1) / experts if experts > 1 else 1.0
+    return _sum_matrices(shape.inventory, share, shape.vocab_size * shape.hidden_size if shape.tied_embeddings else 0)
+
+
+@lru_cache(maxsize=64)
+def _sum_matrices(inventory: Inventory, expert_share: float, tied_head: int) -> _Matrices:
+    met, quantised = float(tied_head), 0
+    for block in inventory:
+        for weight in block.weights:
+            if len(weight.shape) == 3:
+                met += block.repeats * weight.count * expert_share
+            elif weight.matrix:
+                met += block.repeats * weight.count
+                quantised += 0 if is_head(block.prefix, weight) else block.repeats * weight.count
+    return _Matrices(round(met), quantised)
+
+
 def _forward_flops(shape: ModelShape, seq_len: int) -> float:
     """Of one token: two a weight that it meets, and attention over half of the sequence on average."""
-    weights = shape.num_layers * shape.layer_linear_params + shape.vocab_size * shape.hidden_size
-    return 2.0 * weights + 2.0 * shape.num_layers * shape.num_heads * shape.head_dim * seq_len
+    return 2.0 * _count_matrices(shape).met + 2.0 * shape.num_layers * shape.num_heads * shape.head_dim * seq_len
 
 
 def _flops_a_token(recipe: Recipe, shape: ModelShape, seq_len: int, trained: int) -> float:
@@ -136,7 +165,7 @@ def _time_micro_step(recipe: Recipe, shape: ModelShape, layout: Layout, device: 
     moved = (
         1.0 * tokens * (shape.num_layers * passes * width * (10 * shape.hidden_size + 3 * shape.intermediate_size) + 30 * shape.vocab_size)
     )
-    weights = shape.num_layers * shape.layer_linear_params
+    weights = _count_matrices(shape).quantised
     weight_bytes = float(shape.num_params * width)
     if isinstance(recipe.method, QLora):
         stored = 0.516 if recipe.method.bits == 4 else 1.0
