@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from launcher.plan import Plan
     from launcher.plan.budget import Component, MemoryPlan, Phase, Verdict
+    from launcher.plan.calibration import Calibration
     from launcher.plan.dry_run import DryRun
     from launcher.plan.solve import Changes, Choice, Suggestion
     from launcher.plan.speed import Speed
@@ -304,3 +305,21 @@ def print_sweep(cells: list[Cell], axes: list[str], stream: TextIO) -> None:
                       f"{need.p95 / GIB:.1f}", f"{memory.budget / GIB:.1f} GiB", memory.decisive_phase, *pace, memory.verdict,
                       style=VERDICT_STYLE[memory.verdict].removeprefix("bold "))  # fmt: skip
     make_console(stream).print(table)
+
+
+def print_calibration(calibration: Calibration, stream: TextIO) -> None:
+    """What was measured: sizes, rates, slack."""
+    console = make_console(stream)
+    lines = [(name, format_bytes(size)) for name, size in calibration.bytes.items()]
+    for name, rate in calibration.rates.items():
+        lines.append(
+            (
+                name.replace("_", " "),
+                f"{rate / 1e9:,.0f} G{'FLOP' if 'flops' in name else 'B'}/s{' a core' if calibration.device == 'CPU' else ''}",
+            )
+        )
+    if calibration.slack is not None:
+        lines.append(("allocator slack", f"{calibration.slack:.0%} beyond live tensors"))
+    console.print(f"{calibration.device}, with {calibration.versions.get('torch', 'torch')}", style="bold", markup=False)
+    for name, told in lines:
+        console.print(f"  {name:<20}{told}", markup=False)

@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.errors import RecipeError
 from launcher.plan.budget import MemoryPlan
-from launcher.plan.devices import find_device_of
+from launcher.plan.calibration import find_rates
 from launcher.plan.plan import Plan, make_choice, make_plan, make_suggestions
 from launcher.plan.solve import Candidate, Choice, Suggestion, suggest_nodes
 from launcher.plan.speed import Speed, estimate_run, estimate_step
@@ -41,7 +41,7 @@ def make_dry_run(recipe: Recipe, plan: Plan, *, explain: bool) -> DryRun:
 
 
 def estimate_plan(plan: Plan) -> Speed | None:
-    device = find_device_of(plan.cluster)
+    device = find_rates(plan.cluster)
     if device is None:
         return None
     step = estimate_step(plan.recipe, plan.shape, plan.layout, plan.batch, device, plan.trainable_params)

@@ -12,8 +12,8 @@ from launcher.cluster import Cluster
 from launcher.errors import DataError, Fault, RecipeError
 from launcher.plan.batch import BatchPlan, check_batch
 from launcher.plan.budget import MemoryPlan
+from launcher.plan.calibration import apply_calibration, find_calibration, find_rates
 from launcher.plan.deepspeed import choose_bucket, make_deepspeed_config
-from launcher.plan.devices import find_device_of
 from launcher.plan.layout import Layout, make_layout
 from launcher.plan.memory import count_trainable, predict_memory
 from launcher.plan.shape import ModelShape, load_shape
@@ -147,7 +147,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
 
 def make_choice(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Choice:
     """What the plan takes where the recipe says auto, and what it looked at; one candidate where it says nothing so."""
-    device = find_device_of(cluster)
+    device = find_rates(cluster)
     candidates = make_candidates(recipe, shape, cluster, device, count_trainable(recipe, shape))
     if len(candidates) == 1:
         return Choice(taken=candidates[0], considered=(), total=1)
@@ -162,15 +162,17 @@ def make_suggestions(plan: Plan) -> list[Suggestion]:
 
     settled = apply_changes(plan.recipe, {"batch.micro_batch_size": plan.batch.micro_batch_size})
     predict = make_predictor(plan.shape, plan.cluster, replay=False)
-    return suggest_changes(settled, plan.shape, plan.cluster, find_device_of(plan.cluster), trained_of, predict)
+    return suggest_changes(settled, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, predict)
 
 
 def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool) -> Predict:
     """What predicts the memory of a recipe, its layout and its batch, for this model and cluster."""
+    measured = find_calibration(cluster)
 
     def predict(recipe: Recipe, layout: Layout, batch: BatchPlan) -> MemoryPlan:
         config = configure_deepspeed(recipe, shape, layout, batch)
-        return predict_memory(recipe, shape, layout, batch, cluster, deepspeed=config, budget=recipe.memory.budget_bytes, replay=replay)
+        memory = predict_memory(recipe, shape, layout, batch, cluster, deepspeed=config, budget=recipe.memory.budget_bytes, replay=replay)
+        return apply_calibration(memory, measured, layout.workers_per_node) if measured else memory
 
     return predict
 
