@@ -28,8 +28,9 @@ from launcher.units import format_bytes
 COMPARED_AFTER_STEPS = 3
 """The first step allocates the optimizer's states, and ZeRO-3 prefetches from the third on (deepspeed 0.19.8)."""
 WARN_BEYOND = 0.10
-REACHED = ("load", "engine start", "forward", "loss", "backward", "reduce", "optimizer step", "evaluation")
-"""Phases that a run has been through by then."""
+STEPPING = ("forward", "loss", "backward", "reduce", "optimizer step", "evaluation")
+"""Phases that a run has been through by then, once it was built."""
+BUILDING = ("load", "engine start")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +71,17 @@ class Watch:
         self.base = 0
 
     def start(self) -> None:
-        """From here on, what the process takes is the model's: call it before the model is loaded, once its libraries are."""
+        """From here on, what the process takes is the model's: call it before the model is loaded."""
         limit_memory(self.plan)
         if self.plan.layout.accelerator == "cpu":
             _import_libraries(self.plan)
             self.check("before the model was loaded")
-            self.base = read_resident()
+            self.base = read_anonymous()
+
+    def built(self) -> None:
+        """The engine is there. On a CPU the peak begins anew: files that were mapped to load from are no part of a step's."""
+        self.check("by the time the engine was built")
+        if self.plan.layout.accelerator == "cpu":
             forget_peak()
 
     def check(self, when: str) -> None:
@@ -123,15 +129,18 @@ def read_figures(plan: Plan, base: int) -> list[Reading]:
     """What was predicted for the phases so far and what this rank has taken, like with like.
 
     On a GPU: torch's two counters, and what the driver counts as used on the device (other processes on it included).
-    On a CPU: the growth of resident memory since the model was loaded, beside all planned components but the libraries.
+    On a CPU: the growth of the process' own resident memory (mapped files left out) from before the model was loaded to the
+    peak of the steps, beside what the plan has for these but the libraries. Modules imported on the way and scratch that
+    oneDNN keeps are in the measurement alone.
     """
+    reached = STEPPING if plan.layout.accelerator == "cpu" else BUILDING + STEPPING
 
     def reading(label: str, figure: FigureName, measured: int) -> Reading:
-        figures = [phase.figure(figure) for phase in plan.memory.phases if phase.name in REACHED]
+        figures = [phase.figure(figure) for phase in plan.memory.phases if phase.name in reached]
         return Reading(name=label, predicted=max(f.p50 for f in figures), predicted_p95=max(f.p95 for f in figures), measured=measured)
 
     if plan.layout.accelerator == "cpu":
-        return [reading("resident growth", "reserved", read_peak_resident() - base)]
+        return [reading("resident growth", "reserved", read_peak_anonymous() - base)]
     free, total = torch.cuda.mem_get_info()
     return [
         reading("allocated", "allocated", torch.cuda.max_memory_allocated()),
@@ -175,6 +184,20 @@ def read_peak_resident() -> int:
     return _read_status().get("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
+def read_anonymous() -> int:
+    """Bytes of this process in memory now that are no file's: what it allocated."""
+    return read_resident() - _mapped(_read_status())
+
+
+def read_peak_anonymous() -> int:
+    """The most of these so far, if files that are mapped now were mapped at that time."""
+    return read_peak_resident() - _mapped(_read_status())
+
+
+def _mapped(status: dict[str, int]) -> int:
+    return status.get("RssFile", 0) + status.get("RssShmem", 0)
+
+
 def forget_peak() -> None:
     """Begin the peak anew from what is resident now, where the kernel lets a process do so (Linux: proc(5), clear_refs)."""
     try:
@@ -183,8 +206,11 @@ def forget_peak() -> None:
         return  # the peak then includes what came before: the comparison can only be too high
 
 
+_FIELDS = ("VmRSS", "VmHWM", "RssFile", "RssShmem")
+
+
 def _read_status() -> dict[str, int]:
     if not os.path.exists("/proc/self/status"):
         return {}
     fields: dict[str, Any] = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return {name: int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM") if name in fields}
+    return {name: int(fields[name].split()[0]) * 1024 for name in _FIELDS if name in fields}

@@ -100,7 +100,7 @@ def fine_tune(plan: Plan, me: Rank, folder: RunFolder, report: Show, stop_asked:
     engine = build_engine(plan, model, me)
     if recipe.data.packing:
         check_packing(engine.module)
-    watch.check("by the time the engine was built")
+    watch.built()
     held = _Held(plan, engine, tokenizer, eval_set, report)
     report({"event": "start", "total_steps": total_steps, "world_size": me.world_size, "num_params": plan.num_params,
             "trainable_params": plan.trainable_params, "setup_s": time.perf_counter() - began})  # fmt: skip
