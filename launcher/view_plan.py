@@ -36,6 +36,14 @@ VERDICT_STYLE: dict[Verdict, str] = {"FITS": "bold green", "TIGHT": "bold yellow
 NAME_WIDTH, NUMBER_WIDTH = 17, 10
 DEVICE_FIGURES = ("allocated", "reserved", "total", "P95")
 HOST_FIGURES = ("total", "P95")
+EXPLAINED = (
+    ("stage", "parallel.zero_stage"),
+    ("offload", "parallel.offload"),
+    ("recompute", "memory.gradient_checkpointing"),
+    ("base", "method.quantization"),
+)
+MOST_EXPLAINED = 24
+"""Rows of the table of candidates; --json has them all."""
 NO_BREAK = "\u00a0"
 
 
@@ -218,9 +226,9 @@ def _print_suggestions(console: Console, suggestions: list[Suggestion], nodes: i
     console.print("what would fit, cheapest first (add to the command):", style="bold")
     for suggestion in suggestions:
         console.print("  " + " ".join(format_changes(suggestion.changes)), markup=False, soft_wrap=True)
-        effect = f"; {suggestion.effect}" if suggestion.effect else "; the result stays the same"
-        console.print(
-            f"      needs {format_bytes(suggestion.need)}; {describe_slowdown(suggestion.slowdown)}{effect}", style="dim", markup=False
+        effect = suggestion.effect or "the result stays the same"
+        _print_wrapped(
+            console, "      ", f"needs {format_bytes(suggestion.need)}; {describe_slowdown(suggestion.slowdown)}; {effect}", "dim"
         )
     if nodes is not None:
         console.print(f"  --nodes {nodes}", markup=False)
@@ -264,23 +272,28 @@ def _print_choice(console: Console, choice: Choice) -> None:
     if not choice.considered:
         console.print("nothing in this recipe is auto, so there was nothing to choose", style="bold")
         return
-    keys = ("parallel.zero_stage", "parallel.offload", "memory.gradient_checkpointing", "method.quantization")
-    heads = ("stage", "offload", "checkpointing", "quantized")
     title = f"considered for auto: {len(choice.considered)} of {choice.total} candidates, fastest first"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for name in (*heads, "micro-batch", "a step", "needs (P95)", "verdict"):
-        table.add_column(name, header_style="dim", justify="right" if name in ("a step", "needs (P95)") else "left")
-    for candidate in choice.considered:
+    for name in (*(head for head, _ in EXPLAINED), "micro", "a step", "needs (P95)", "verdict"):
+        table.add_column(name, header_style="dim", justify="right" if name in ("a step", "needs (P95)") else "left", no_wrap=True)
+    half = MOST_EXPLAINED // 2
+    for number, candidate in enumerate(choice.considered):
+        if half <= number < len(choice.considered) - half:
+            if number == half:
+                table.add_row(*["..."] * 8, style="dim")
+            continue
         if candidate.memory is None or candidate.verdict is None:
             continue
         micro = f"{candidate.batch.micro_batch_size} × {candidate.batch.gradient_accumulation_steps}"
-        cells = [describe_setting(key, candidate) for key in keys]
+        cells = [describe_setting(key, candidate) for _, key in EXPLAINED]
         need = format_bytes(candidate.memory.device("total").p95)
-        mark = "  ← taken" if candidate is choice.taken else ""
+        mark = " ← taken" if candidate is choice.taken else ""
         table.add_row(*cells, micro, format_seconds(candidate.step_s), need, f"{candidate.verdict}{mark}",
                       style=VERDICT_STYLE[candidate.verdict].removeprefix("bold "))  # fmt: skip
     console.print(table)
-    left = choice.total - len(choice.considered)
+    hidden, left = len(choice.considered) - 2 * half, choice.total - len(choice.considered)
+    if hidden > 0:
+        console.print(f"{hidden} in the middle are not shown: --json has them all", style="dim")
     if left:
         console.print(f"the {left} others are slower, and were not looked at", style="dim")
 
@@ -289,22 +302,22 @@ def print_sweep(cells: list[Cell], axes: list[str], stream: TextIO) -> None:
     """A table of what fits where: a row each combination."""
     from rich.table import Table
 
+    console = make_console(stream)
     table = Table(box=None, pad_edge=False)
-    for axis in axes:
-        table.add_column(axis, header_style="dim", justify="right")
-    for name in ("ranks", "micro", "needs", "P95", "of", "decides", "a step", "tokens/s", "verdict"):
-        table.add_column(name, header_style="dim", justify="left" if name in ("decides", "verdict") else "right")
+    for name in (*axes, "micro", "P95, GiB", "of", "a step", "tokens/s", "verdict"):
+        table.add_column(name, header_style="dim", justify="left" if name == "verdict" else "right", no_wrap=name != "verdict")
     for cell in cells:
-        values = [str(value) for value in cell.values]
         if cell.plan is None:
-            table.add_row(*values, *("",) * 8, cell.problem, style="dim")
+            table.add_row(*cell.values, *("",) * 5, cell.problem, style="dim")
             continue
-        memory, need = cell.plan.memory, cell.plan.memory.device("total")
+        memory = cell.plan.memory
         pace = (format_seconds(cell.speed.step_s), format_count(round(cell.speed.tokens_per_s))) if cell.speed else ("", "")
-        table.add_row(*values, str(cell.plan.layout.world_size), str(cell.plan.batch.micro_batch_size), f"{need.p50 / GIB:.1f}",
-                      f"{need.p95 / GIB:.1f}", f"{memory.budget / GIB:.1f} GiB", memory.decisive_phase, *pace, memory.verdict,
-                      style=VERDICT_STYLE[memory.verdict].removeprefix("bold "))  # fmt: skip
-    make_console(stream).print(table)
+        decides = f" ({memory.decisive_phase})" if memory.verdict == "DOES NOT FIT" else ""
+        table.add_row(*cell.values, str(cell.plan.batch.micro_batch_size), f"{memory.device('total').p95 / GIB:.1f}", f"{memory.budget / GIB:.1f}",
+                      *pace, f"{memory.verdict}{decides}", style=VERDICT_STYLE[memory.verdict].removeprefix("bold "))  # fmt: skip
+    console.print(table)
+    if any(cell.speed for cell in cells):
+        console.print("times are estimates, not measurements", style="dim")
 
 
 def print_calibration(calibration: Calibration, stream: TextIO) -> None:

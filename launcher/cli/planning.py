@@ -67,9 +67,9 @@ def show_dry_run(recipe: Recipe, plan: Plan, *, explain: bool, html: Path | None
         print_dry_run(dry, sys.stdout)
         if html is not None:
             print(f"\nwritten: {html}")
-    _warn_of(plan, sys.stderr)
     if plan.memory.verdict == "DOES NOT FIT":
         raise typer.Exit(DOES_NOT_FIT)
+    _warn_of(plan, sys.stderr)
 
 
 def _write_page(dry: DryRun, path: Path) -> None:

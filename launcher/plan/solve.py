@@ -205,12 +205,12 @@ def describe_setting(key: str, candidate: Candidate) -> str:
     if key == "parallel.zero_stage":
         return str(layout.zero_stage)
     if key == "parallel.offload":
-        return "optimizer and weights" if layout.offload_param else "optimizer" if layout.offload_optimizer else "none"
+        return "all" if layout.offload_param else "optimizer" if layout.offload_optimizer else "none"
     if key == "memory.gradient_checkpointing":
         return "on" if layout.gradient_checkpointing else "off"
     if key == "method.quantization":
         method = candidate.recipe.method
-        return f"{method.bits} bits" if isinstance(method, QLora) else "none"
+        return f"{method.bits} bits" if isinstance(method, QLora) else "as it is"
     batch = candidate.batch
     return f"{batch.micro_batch_size} × {batch.gradient_accumulation_steps} accumulation on {batch.data_parallel_size} ranks"
 
@@ -228,13 +228,13 @@ class _Step:
 
 
 def _list_steps(recipe: Recipe, layout: Layout) -> list[list[_Step]]:
-    """Ways to need less, the ones that exclude each other in one list."""
+    """Ways to need less, the ones that exclude each other in one list, the mildest first."""
     stage, method, optim = layout.zero_stage, recipe.method, recipe.optim.name
     lists: list[list[_Step]] = []
     if not layout.gradient_checkpointing:
         lists.append([_Step(changes={"memory.gradient_checkpointing": True}, grade=0)])
     smaller = [size for size in range(1, _micro_of(recipe, layout)) if _micro_of(recipe, layout) % size == 0]
-    lists.append([_Step(changes={"batch.micro_batch_size": size}, grade=0) for size in reversed(smaller[-1:] + smaller[:1])])
+    lists.append([_Step(changes={"batch.micro_batch_size": size}, grade=0) for size in dict.fromkeys(smaller[-1:] + smaller[:1])])
     parallel = [_Step(changes={"parallel.zero_stage": s}, grade=0) for s in (1, 2, 3) if s > stage and layout.world_size > 1]
     if not layout.offload_optimizer and optim in ("adamw", "sgd", "adafactor"):
         parallel += [_Step(changes={"parallel.zero_stage": s, "parallel.offload_optimizer": True}, grade=0) for s in (max(stage, 2), 3)]
@@ -276,18 +276,18 @@ def suggest_changes(
     """The cheapest changes that make a recipe fit, best first; none where nothing does.
 
     First what leaves the result as it is, then what costs precision, then what trains something else, by their speed.
-    A change is left out where a part of it would do.
+    A change is left out where a part of it, or a milder one, would do.
     """
     layout, _ = make_layout(recipe, cluster)
     before = _time_of(recipe, shape, layout, device, trained_of)
     lists = _list_steps(recipe, layout)
-    found: list[tuple[tuple[int, float, int], frozenset[str], Suggestion]] = []
-    combinations = ([step for step in combination if step] for combination in itertools.product(*([None, *steps] for steps in lists)))
-    for steps in sorted((steps for steps in combinations if steps), key=lambda steps: (max(step.grade for step in steps), len(steps))):
+    found: list[tuple[tuple[int, float, int], tuple[int, ...], Suggestion]] = []
+    for picks in sorted(itertools.product(*(range(len(steps) + 1) for steps in lists)), key=lambda picks: _rank_picks(picks, lists)):
+        steps = [lists[number][pick - 1] for number, pick in enumerate(picks) if pick]
         changes: Changes = {key: value for step in steps for key, value in step.changes.items()}
         changed = apply_changes(recipe, changes)
-        names = frozenset(f"{key}={value}" for key, value in changes.items())
-        if any(part <= names for _, part, _ in found) or any(True for _ in find_conflicts(changed)):
+        milder_does = any(all(mild <= pick for mild, pick in zip(other, picks, strict=True)) for _, other, _ in found)
+        if not steps or milder_does or any(True for _ in find_conflicts(changed)):
             continue
         settled, _ = make_layout(changed, cluster)
         batch = _make_batch(changed, settled, _micro_of(changed, settled))
@@ -298,8 +298,14 @@ def suggest_changes(
         grade = max(step.grade for step in steps)
         suggestion = Suggestion(changes=changes, step_s=step_s, slowdown=step_s / before, need=memory.device("total").p95,
                                 effect=", ".join(step.effect for step in steps if step.effect))  # fmt: skip
-        found.append(((grade, step_s, len(changes)), names, suggestion))
+        found.append(((grade, step_s, len(changes)), picks, suggestion))
     return [suggestion for _, _, suggestion in sorted(found, key=lambda item: item[0])][:ENOUGH_SUGGESTIONS]
+
+
+def _rank_picks(picks: tuple[int, ...], lists: list[list[_Step]]) -> tuple[int, int, int]:
+    """What is given up by a pick of each list (0 is none of it): milder picks come before all that contain them."""
+    steps = [lists[number][pick - 1] for number, pick in enumerate(picks) if pick]
+    return max((step.grade for step in steps), default=0), len(steps), sum(picks)
 
 
 def _time_of(recipe: Recipe, shape: ModelShape, layout: Layout, device: Device | None, trained_of: Callable[[Recipe], int]) -> float:
