@@ -137,7 +137,7 @@ def _draw_bar(phase: Phase, scale: int, budget: int | None, width: int, *, colou
 def _legend(*, colours: bool) -> Text:
     from rich.text import Text
 
-    legend = Text(" " * NAME_WIDTH)
+    legend = Text("    ")
     for group, (colour, fill, _) in GROUPS.items():
         legend.append("█" if colours else fill, style=colour)
         legend.append(f" {group}   ", style="dim")
