@@ -31,6 +31,7 @@ from launcher.recipe import (
     Parallel,
     QLora,
     Recipe,
+    Save,
     Schedule,
     Source,
     Track,
@@ -232,6 +233,7 @@ TABLES: dict[str, type[Spec]] = {
     "memory": Memory,
     "evaluate": Evaluate,
     "evaluate.early_stopping": EarlyStopping,
+    "save": Save,
     "track": Track,
 }
 

@@ -15,8 +15,10 @@ from launcher.cli.app import VERBS, JsonOption, OverridesArgument, RecipeArgumen
 from launcher.errors import BudgetError, ClusterError, Fault, RecipeError
 
 if TYPE_CHECKING:
+    from launcher.cli.resuming import Choice
     from launcher.cluster import Cluster
     from launcher.plan import Plan
+    from launcher.recipe import Recipe
     from launcher.run import RunFolder
 
 
@@ -28,6 +30,14 @@ def run(
     cluster: Annotated[Path | None, typer.Option(help="A cluster file; without one, this machine.", show_default=False)] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Workers a machine; one a GPU unless told, two on CPU.")] = None,
     accelerator: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="What to compute on; a GPU where there is one.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new folder, whatever an unfinished run has saved.")] = False,
+    resume: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A new run that begins with this checkpoint (or a run's newest).", show_default=False)
+    ] = None,
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Go on although this key of the recipe differs from the checkpoint's.", show_default=False),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the plan with the memory it needs, and stop. Exit code 3: it does not fit.")
     ] = False,
@@ -43,6 +53,7 @@ def run(
 ) -> None:
     """Fine-tune what the recipe says; the word run may be left out."""
     from launcher.cli.planning import check_fits, make_budget_override, show_dry_run, show_sweep
+    from launcher.cli.resuming import choose_run, continue_plan
     from launcher.plan.sweep import is_axis
     from launcher.recipe import load_recipe
 
@@ -58,25 +69,39 @@ def run(
     if sweep:
         axes = [*sweep, *(change for change in changes if is_axis(change))]
         kept = tuple(change for change in changes if not is_axis(change))
-        show_sweep(axes, lambda more, where: make_checked_plan(path, kept + more, where), cluster_of, as_json=as_json)
+
+        def plan_with(more: tuple[str, ...], where: Cluster) -> Plan:
+            varied = load_recipe(path, kept + more)
+            return make_checked_plan(varied, path, where, Path(varied.output_dir).absolute() / varied.name)
+
+        show_sweep(axes, plan_with, cluster_of, as_json=as_json)
         return
-    plan = make_checked_plan(path, changes, cluster_of({}))
+    loaded, chosen = load_recipe(path, changes), cluster_of({})
+    choice = choose_run(loaded, fresh=fresh or resume is not None)
+    plan = make_checked_plan(loaded, path, chosen, choice.path)
+    plan = continue_plan(plan, choice, resume=resume, allow_changed=tuple(allow_changed or ()))
     if dry_run:
-        show_dry_run(load_recipe(path, changes), plan, explain=explain, html=html, as_json=as_json)
+        show_dry_run(loaded, plan, explain=explain, html=html, as_json=as_json)
         return
-    _run_plan(plan, path, changes, as_json=as_json, check=check_fits)
+    _run_plan(plan, choice, path, changes, as_json=as_json, check=check_fits)
 
 
-def _run_plan(plan: Plan, path: Path, changes: tuple[str, ...], *, as_json: bool, check: Callable[[Plan, TextIO], None]) -> None:
+def _run_plan(
+    plan: Plan, choice: Choice, path: Path, changes: tuple[str, ...], *, as_json: bool, check: Callable[[Plan, TextIO], None]
+) -> None:
+    from launcher.cli.resuming import open_run_folder
     from launcher.progress import make_summary
-    from launcher.run import read_events
+    from launcher.run import hold_run, read_events
     from launcher.view import print_plan, print_summary, summary_facts
 
     told = sys.stderr if as_json else sys.stdout
     print_plan(plan, told)
     check(plan, told)
-    folder = _start_run_folder(plan, path, changes)
-    _run_job(folder, told)
+    _check_startable(plan)
+    folder = open_run_folder(choice, plan.recipe)
+    with hold_run(folder):
+        _fill_run_folder(folder, plan, path, changes)
+        _run_job(folder, told)
     summary = make_summary(read_events(folder))
     print_summary(summary, folder, told, adapter=plan.recipe.method.kind in ("lora", "qlora"))
     if as_json:
@@ -124,30 +149,21 @@ def choose_cluster(
     return cluster.model_copy(update={name: value for name, value in changes.items() if value})
 
 
-def make_checked_plan(path: Path, overrides: tuple[str, ...], cluster: Cluster) -> Plan:
+def make_checked_plan(recipe: Recipe, path: Path, cluster: Cluster, run_path: Path) -> Plan:
     """The plan of a recipe whose data has been looked at too: all that can be wrong before long work."""
     from launcher.data.check import check_data
     from launcher.plan import make_plan
-    from launcher.recipe import load_recipe
-    from launcher.run import next_run_path
 
-    recipe = load_recipe(path, overrides)
-    run_path = next_run_path(Path(recipe.output_dir), recipe.name)
     plan = make_plan(recipe, cluster, base_dir=str(path.parent.resolve()), run_dir=str(run_path))
     check_data(recipe.data, plan.base_dir, has_chat_template=plan.shape.has_chat_template)
     return plan
 
 
-def _start_run_folder(plan: Plan, recipe_path: Path, overrides: tuple[str, ...]) -> RunFolder:
-    """Make the run folder with the recipe as it was given and the plan in it."""
-    from launcher.run import make_run_folder
-
-    _check_startable(plan)
-    folder = make_run_folder(Path(plan.recipe.output_dir), plan.recipe.name)
+def _fill_run_folder(folder: RunFolder, plan: Plan, recipe_path: Path, overrides: tuple[str, ...]) -> None:
+    """Write the recipe as it was given and the plan."""
     given = "".join(f"#   {line}\n" for line in (str(recipe_path.resolve()), *overrides))
     folder.recipe.write_text(f"# As it was given to lepton-launch:\n{given}{recipe_path.read_text(encoding='utf-8')}", encoding="utf-8")
     dataclasses.replace(plan, run_dir=str(folder.path)).save(folder.plan)
-    return folder
 
 
 def _check_startable(plan: Plan) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import secrets
 import shutil
 import signal
@@ -25,7 +26,7 @@ from launcher.job.worker import Worker, worker_options
 from launcher.plan import PLAN_FILE, Plan
 from launcher.run import Event, RunFolder, write_status
 
-START_OVER = "nothing was saved: the same command starts over in a new folder"
+AGAIN = "the same command goes on from the newest checkpoint; where there is none it starts over"
 START_TIMEOUT_S = 120.0
 POLL_S = 0.25
 FELLOW_ERRORS_S = 3.0
@@ -35,14 +36,14 @@ FELLOW_ERRORS_S = 3.0
 def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
     """Run a plan to its end, giving each event to `show`. Raises LauncherError; leaves no process behind."""
     folder = RunFolder(Path(plan.run_dir))
-    write_status(folder, "running")
+    write_status(folder, "running", pid=os.getpid(), host=platform.node())
     try:
         with _own_ray(plan) as ray, _noting_signals() as stop_asked:
             show({"event": "phase", "name": "starting workers"})
             _drive(ray, plan, show, stop_asked)
     except KeyboardInterrupt:
         write_status(folder, "stopped", message="interrupted")
-        raise Interrupted("interrupted", START_OVER) from None
+        raise Interrupted("interrupted", AGAIN) from None
     except (Interrupted, Stopped) as error:
         write_status(folder, "stopped", message=error.message)
         raise
@@ -104,14 +105,20 @@ def _drive(ray: Any, plan: Plan, show: Callable[[Event], None], stop_asked: Call
         address = ray.get(workers[0].reserve_address.remote(), timeout=START_TIMEOUT_S)
         plan_path = str(Path(plan.run_dir) / PLAN_FILE)
         running = {worker.train.remote(plan_path, address): rank for rank, worker in enumerate(workers)}
+        training, stopping = False, None
         while running:
             done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
-            if asked := stop_asked():
-                raise asked
-            _show_events(ray, workers[0], show)
+            if stopping is None and (stopping := stop_asked()):
+                if not training:
+                    raise stopping
+                show({"event": "note", "text": "stopping: the step is ended and saved; once more stops at once"})
+                for worker in workers:
+                    worker.ask_to_stop.options(concurrency_group="control").remote()
+            training = _show_events(ray, workers[0], show) or training
             failures = [failure for ref in done if (failure := _failure_of(ray, ref, running.pop(ref)))]
             if failures:
-                raise _cause(failures + _fellow_failures(ray, running))
+                _show_events(ray, workers[0], show)
+                raise _cause(failures + _fellow_failures(ray, running), stopping)
         _show_events(ray, workers[0], show)
     except ray.exceptions.GetTimeoutError:
         raise ClusterError(
@@ -122,12 +129,15 @@ def _drive(ray: Any, plan: Plan, show: Callable[[Event], None], stop_asked: Call
             ray.kill(worker)
 
 
-def _show_events(ray: Any, worker: Any, show: Callable[[Event], None]) -> None:
+def _show_events(ray: Any, worker: Any, show: Callable[[Event], None]) -> bool:
+    """Pass on what rank 0 reported; whether steps were among it."""
     try:
-        for event in ray.get(worker.take_events.options(concurrency_group="control").remote(), timeout=10):
-            show(event)
+        events = ray.get(worker.take_events.options(concurrency_group="control").remote(), timeout=10)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        return  # its train() call tells why
+        return False  # its train() call tells why
+    for event in events:
+        show(event)
+    return any(event["event"] == "step" for event in events)
 
 
 def _failure_of(ray: Any, ref: Any, rank: int) -> LauncherError | None:
@@ -155,9 +165,12 @@ def _fellow_failures(ray: Any, running: dict[Any, int]) -> list[LauncherError]:
     return failures
 
 
-def _cause(failures: list[LauncherError]) -> LauncherError:
-    """The failure that says most: a named one before "the connection to the others broke"."""
-    return min(failures, key=lambda failure: type(failure) is TrainingError)
+def _cause(failures: list[LauncherError], stopping: LauncherError | None) -> LauncherError:
+    """The failure that says most: a named one before "the connection to the others broke". A stop that was asked for
+    is named by how it was asked, with what the workers say about the save.
+    """
+    cause = min(failures, key=lambda failure: type(failure) is TrainingError)
+    return type(stopping)(f"{stopping.message}; {cause.message}", cause.remedy) if stopping and isinstance(cause, Stopped) else cause
 
 
 @contextmanager
@@ -168,7 +181,7 @@ def _noting_signals() -> Iterator[Callable[[], LauncherError | None]]:
     noted: list[LauncherError] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        noted.append(Interrupted("interrupted", START_OVER) if number == signal.SIGINT else Stopped("stopped by SIGTERM", START_OVER))
+        noted.append(Interrupted("interrupted", AGAIN) if number == signal.SIGINT else Stopped("stopped by SIGTERM", AGAIN))
         signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -69,6 +69,7 @@ class Watch:
     def __init__(self, plan: Plan, rank: int, report: Callable[[Event], None]) -> None:
         self.plan, self.rank, self.report = plan, rank, report
         self.base = 0
+        self.steps = 0
 
     def start(self) -> None:
         """From here on, what the process takes is the model's: call it before the model is loaded."""
@@ -101,7 +102,8 @@ class Watch:
     def after_step(self, state: TrainState, total_steps: int) -> TrainState:
         """Hold the run to its budget, and compare once. Every rank calls it after every step."""
         self.check(f"by step {state.step}")
-        if state.step == min(COMPARED_AFTER_STEPS, total_steps):
+        self.steps += 1
+        if self.steps == COMPARED_AFTER_STEPS or (state.step == total_steps and self.steps < COMPARED_AFTER_STEPS):
             self._compare(state.step)
         return state
 
