@@ -126,8 +126,8 @@ class MemoryPlan:
 
     @property
     def decisive(self) -> Phase:
-        """The phase in which the device needs most."""
-        return max(self.phases, key=lambda phase: phase.figure("total").p95)
+        """The phase in which the device needs most. What is reserved stays reserved: of phases that hold as much, the one that uses most."""
+        return max(self.phases, key=lambda phase: (phase.total_bytes, phase.allocated_bytes))
 
     @property
     def decisive_phase(self) -> str:

@@ -43,10 +43,8 @@ def add_small(tape: Tape, a: Tensor, small: Tensor) -> Tensor:
 
 
 def scale(tape: Tape, x: Tensor) -> Tensor:
-    """Times a Python number, which torch keeps as a tensor of its own on the host."""
+    """Times a Python number."""
     size = x.count * x.width
-    if x.node is not None:
-        tape.save(NOTHING)
     return tape.record(x.count, x.width, lambda grad: (tape.make(size),), x)
 
 
@@ -322,17 +320,21 @@ def _product_8bit(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
 
 
 def rms_norm(tape: Tape, x: Tensor, weight: Parameter, *, style: str = "llama") -> Tensor:
-    """llama: weight · cast back; gemma: (1 + weight) in fp32, then cast back; gpt_oss: weight in fp32, then cast back."""
-    rows = x.count // weight.count
-    wide = cast(tape, x, FP32)
-    variance = mean(tape, square(tape, wide), rows)
-    normed = mul(tape, wide, rsqrt(tape, shift(tape, variance)))
-    del wide
-    if style == "llama":
-        return mul(tape, weight, cast(tape, normed, x.width))
+    """llama: weight · cast back; late: weight in fp32, then cast back; gemma: (1 + weight) in fp32, then cast back."""
     if style == "gemma":
-        return cast(tape, mul(tape, normed, shift(tape, cast(tape, weight, FP32))), x.width)
-    return cast(tape, mul(tape, weight, normed), x.width)
+        output = _normed(tape, cast(tape, x, FP32), weight.count)
+        output = mul(tape, output, shift(tape, cast(tape, weight, FP32)))
+        return cast(tape, output, x.width)
+    wide = cast(tape, x, FP32)
+    variance = mean(tape, square(tape, wide), x.count // weight.count)
+    wide = mul(tape, wide, rsqrt(tape, shift(tape, variance)))
+    if style == "late":
+        return cast(tape, mul(tape, weight, wide), x.width)
+    return mul(tape, weight, cast(tape, wide, x.width))
+
+
+def _normed(tape: Tape, x: Tensor, width: int) -> Tensor:
+    return mul(tape, x, rsqrt(tape, shift(tape, mean(tape, square(tape, x), x.count // width))))
 
 
 def layer_norm(tape: Tape, x: Tensor, weight: Parameter | None, bias: Parameter | None) -> Tensor:
@@ -366,7 +368,7 @@ def layer_norm(tape: Tape, x: Tensor, weight: Parameter | None, bias: Parameter 
 
 
 def rotate(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x · cos + rotate_half(x) · sin, the tables broadcast over heads."""
+    """x · cos + rotate_half(x) · sin, the tables broadcast over heads; back in x's dtype where the tables are wider."""
     straight = _mul_table(tape, x, cos)
     half = x.count // 2
     first = part(tape, x, half)
@@ -382,14 +384,16 @@ def _turn(tape: Tape, first: Tensor, second: Tensor) -> Tensor:
 
 def _mul_table(tape: Tape, x: Tensor, table: Tensor) -> Tensor:
     kept = tape.save(table) if x.node is not None else None
-    size = x.count * x.width
+    width, size = max(x.width, table.width), x.count * x.width
+    whole = x.count * width
 
     def run(grad: Storage) -> tuple[Storage]:
         assert kept is not None
         kept.fetch()
-        return (tape.make(size),)
+        made = tape.make(whole)
+        return (tape.make(size) if whole != size else made,)
 
-    return tape.record(x.count, x.width, run, x)
+    return tape.record(x.count, width, run, x)
 
 
 def cross_entropy(tape: Tape, logits: Tensor, rows: int, targets: Tensor) -> Tensor:
@@ -408,13 +412,14 @@ def cross_entropy(tape: Tape, logits: Tensor, rows: int, targets: Tensor) -> Ten
     return tape.attach(loss, run, logged)
 
 
-def gather_rows(tape: Tape, x: Tensor, count: int) -> Tensor:
-    """x[:, kept]: a copy; its gradient is put into zeros (index_put makes a copy of them)."""
-    if x.node is not None:
-        tape.save(NOTHING)
+def gather_rows(tape: Tape, x: Tensor, count: int, index: Tensor) -> Tensor:
+    """x[:, index]: a copy; its gradient is put into zeros (index_put makes a copy of them)."""
+    kept = tape.save(index) if x.node is not None else None
     size = x.count * x.width
 
     def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
         zeros = tape.make(size)
         out = tape.make(size)
         del zeros

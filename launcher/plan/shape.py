@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class ModelShape:
     tied_embeddings: bool
     gated_mlp: bool
     has_chat_template: bool
-    config: dict[str, Any]
+    config: dict[str, Any] = field(hash=False)
 
     @property
     def inventory(self) -> Inventory:

@@ -38,11 +38,11 @@ Gradient = "Storage | None"
 class Tape:
     """The one who counts. `peaks` holds, phase by phase, the most that was live and how it was made up."""
 
-    __slots__ = ("accumulates_in_place", "events", "frame", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient", "peaks", "phase",
+    __slots__ = ("accumulates_in_place", "events", "frame", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient", "on_host", "peaks", "phase",
                  "recomputing", "round_to", "sequence", "top")  # fmt: skip
 
     def __init__(self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True) -> None:
-        self.now = 0
+        self.now = self.on_host = 0
         self.live = [0] * len(KINDS)
         self.peaks: dict[str, tuple[int, list[int]]] = {}
         self.events: list[tuple[str, int, int]] | None = [] if record else None
@@ -55,7 +55,7 @@ class Tape:
         self.recomputing: _Frame | None = None
         self.accumulates_in_place = accumulates_in_place
         self.grad_enabled = True
-        self.on_gradient: Callable[[Parameter, Storage], None] = _keep_gradient
+        self.on_gradient: Callable[[Sink, Storage], None] = _keep_gradient
 
     def enter(self, phase: str) -> None:
         """From here on, peaks are this phase's."""
@@ -138,19 +138,26 @@ class Tensor:
 
     __slots__ = ("count", "node", "slot", "storage", "width")
 
-    def __init__(self, storage: Any, count: int, width: int, node: Node | Parameter | None = None, slot: int = 0) -> None:
+    def __init__(self, storage: Any, count: int, width: int, node: Node | Sink | None = None, slot: int = 0) -> None:
         self.storage, self.count, self.width, self.node, self.slot = storage, count, width, node, slot
 
 
 class Parameter(Tensor):
-    """A weight. Its bytes are the states' (launcher/plan/states.py), not the tape's."""
+    """A weight. Its bytes are the states' (launcher/plan/states.py), not the tape's; its gradient's are."""
 
-    __slots__ = ("gradient", "pending", "sequence", "users")
+    __slots__ = ()
 
     def __init__(self, count: int, width: int, trained: bool) -> None:
-        super().__init__(None, count, width, None)
-        self.node = self if trained else None
-        self.sequence = sys.maxsize
+        super().__init__(None, count, width, Sink() if trained else None)
+
+
+class Sink:
+    """Where a gradient ends: a trained weight, or a tensor that is made to need a gradient (a leaf), which the graph then keeps."""
+
+    __slots__ = ("gradient", "leaf", "pending", "users")
+
+    def __init__(self, leaf: Storage | None = None) -> None:
+        self.leaf = leaf
         self.users = 0
         self.pending: Storage | None = None
         self.gradient: Storage | None = None
@@ -191,12 +198,12 @@ class _Enough(Exception):
 class _Frame:
     """One checkpointed call: the function and its arguments, and the promises it gave."""
 
-    __slots__ = ("function", "inputs", "promises", "recomputed", "stored", "tape")
+    __slots__ = ("function", "inputs", "offloaded", "promises", "recomputed", "stored", "tape")
 
-    def __init__(self, tape: Tape, function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> None:
+    def __init__(self, tape: Tape, function: Callable[[Tensor], Tensor], inputs: Any) -> None:
         self.tape, self.function, self.inputs = tape, function, inputs
         self.promises: list[weakref.ref[_Promise]] = []
-        self.recomputed, self.stored = False, 0
+        self.recomputed, self.stored, self.offloaded = False, 0, False
 
     def hold(self) -> _Promise:
         promise = _Promise(self)
@@ -216,6 +223,8 @@ class _Frame:
         tape = self.tape
         outer, tape.recomputing = tape.recomputing, self
         kind, tape.kind = tape.kind, ACTIVATIONS
+        if self.offloaded:
+            self.inputs = tuple(tape.new(count, width) for count, width in self.inputs)
         try:
             self.function(*self.inputs)
         except _Enough:
@@ -224,13 +233,21 @@ class _Frame:
             tape.recomputing, tape.kind = outer, kind
 
 
-def checkpoint(tape: Tape, function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    """The function's output, with its arguments kept in place of all that its backward needs (use_reentrant=False)."""
-    inputs[0].storage.count_as(CHECKPOINTS)
-    frame = _Frame(tape, function, inputs)
+def checkpoint(tape: Tape, function: Callable[[Tensor], Tensor], x: Tensor, *, offload: bool = False) -> Tensor:
+    """The function's output, with its argument kept in place of all that its backward needs (use_reentrant=False).
+
+    `offload`: the argument goes to host memory, and comes back for the recomputation (transformers' save_on_cpu).
+    """
+    frame = _Frame(tape, function, (x,))
+    if offload:
+        frame.offloaded = True
+        frame.inputs = ((x.count, x.width),)
+        tape.on_host += x.count * x.width
+    else:
+        x.storage.count_as(CHECKPOINTS)
     outer, tape.frame = tape.frame, frame
     try:
-        return function(*inputs)
+        return function(x)
     finally:
         tape.frame = outer
 
@@ -249,19 +266,19 @@ class Node:
 
 
 def backward(tape: Tape, loss: Tensor) -> None:
-    """Run the graph behind `loss`. Nodes made in phase "loss" run in it, all others in "backward"."""
+    """Run the graph behind `loss`. Nodes made in phase "loss" run in "loss backward", all others in "backward"."""
     root = loss.node
     assert isinstance(root, Node), "nothing is trained"
-    root.grads = tape.make(4)
-    del loss
+    first = root.grads = tape.make(4)  # torch.autograd.backward holds on to it
     _count_users(root)
     ready: list[Node] = [root]
     queued = {root.sequence}
     while ready:
         node = heapq.heappop(ready)
-        phase = "loss" if node.phase == "loss" else "backward"
+        phase = "loss backward" if node.phase == "loss" else "backward"
         if tape.phase != phase:
             tape.enter(phase)
+            tape.kind = LOGITS if node.phase == "loss" else ACTIVATIONS
         run, edges, grads = node.run, node.edges, node.grads
         node.run = node.grads = None
         node.edges = ()
@@ -272,7 +289,7 @@ def backward(tape: Tape, loss: Tensor) -> None:
             outputs[index] = None
             if edge is None or grad is None:
                 continue
-            if isinstance(edge, Parameter):
+            if isinstance(edge, Sink):
                 _accumulate(tape, edge, grad)
             else:
                 if isinstance(edge.grads, list):
@@ -284,6 +301,7 @@ def backward(tape: Tape, loss: Tensor) -> None:
                     heapq.heappush(ready, edge)
             del grad
         del edges, outputs, node
+    del first
 
 
 def _count_users(root: Node) -> None:
@@ -293,22 +311,26 @@ def _count_users(root: Node) -> None:
     while stack:
         node = stack.pop()
         for edge, _ in node.edges:
-            if isinstance(edge, Parameter):
+            if isinstance(edge, Sink):
                 edge.users += 1
             elif edge is not None and edge.sequence not in seen:
                 seen.add(edge.sequence)
                 stack.append(edge)
 
 
-def _accumulate(tape: Tape, parameter: Parameter, grad: Storage) -> None:
-    parameter.users -= 1
-    parameter.pending = _add(tape, parameter.pending, grad)
+def _accumulate(tape: Tape, sink: Sink, grad: Storage) -> None:
+    sink.users -= 1
+    sink.pending = _add(tape, sink.pending, grad)
     del grad
-    if parameter.users == 0:
-        whole, parameter.pending = parameter.pending, None
-        assert whole is not None
-        whole.count_as(GRADIENTS)
-        tape.on_gradient(parameter, whole)
+    if sink.users:
+        return
+    whole, sink.pending = sink.pending, None
+    assert whole is not None
+    if sink.leaf is not None:
+        sink.gradient = whole
+        return
+    whole.count_as(GRADIENTS)
+    tape.on_gradient(sink, whole)
 
 
 def _add(tape: Tape, old: Storage | None, new: Storage) -> Storage:
@@ -333,13 +355,11 @@ def _count_references_of_a_lone_gradient() -> int:
 _LONE = _count_references_of_a_lone_gradient()
 
 
-def _keep_gradient(parameter: Parameter, grad: Storage) -> None:
-    """A first micro-step: autograd's gradient becomes the parameter's. A later one: it is added, and goes."""
-    if parameter.gradient is None:
-        parameter.gradient = grad
+def _keep_gradient(sink: Sink, grad: Storage) -> None:
+    sink.gradient = grad
 
 
-def drop_gradient(parameter: Parameter, grad: Storage) -> None:
+def drop_gradient(sink: Sink, grad: Storage) -> None:
     """What ZeRO-2 and 3 do: copied to where it belongs, and gone."""
 
 

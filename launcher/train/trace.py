@@ -47,9 +47,9 @@ class Trace:
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts storages of meta (or real CPU) tensors. `answers` is what a tensor's value is where code asks for it."""
 
-    def __init__(self, trace: Trace, *, round_to: int, answer: bool) -> None:
+    def __init__(self, trace: Trace, *, round_to: int, answer: bool, counted: str) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.trace, self.round_to, self.answer = trace, round_to, answer
+        self.trace, self.round_to, self.answer, self.counted = trace, round_to, answer, counted
         self.phase = "forward"
         self.known: dict[int, int] = {}
 
@@ -62,7 +62,7 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self.answer if args[0].dtype == torch.bool else 1
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and leaf.device.type == self.counted:
                 self._see(leaf, str(func))
         return out
 
@@ -158,7 +158,7 @@ def attend(
 @contextmanager
 def watching(trace: Trace, *, device: Device, packed: bool = False, round_to: int = 512, kernels: bool = True) -> Iterator[_Watch]:
     """Inside, every new storage is counted. `packed` answers the model's question whether a row holds several examples."""
-    watch = _Watch(trace, round_to=round_to, answer=not packed)
+    watch = _Watch(trace, round_to=round_to, answer=not packed, counted="meta" if kernels else device)
     if not kernels:
         with watch:
             yield watch
