@@ -158,7 +158,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
         shape=shape,
         layout=layout,
         batch=batch,
-        memory=make_predictor(shape, cluster, replay=True)(recipe, layout, batch),
+        memory=choice.taken.memory or make_predictor(shape, cluster, replay=True)(recipe, layout, batch),
         deepspeed=configure_deepspeed(recipe, shape, layout, batch),
         num_params=shape.num_params + adapters,
         trainable_params=trainable,

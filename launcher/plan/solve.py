@@ -43,6 +43,8 @@ class Candidate:
     batch: BatchPlan
     step_s: float
     memory: MemoryPlan | None = None
+    is_exact: bool = False
+    """Whether `memory` is the exact prediction and not the quick one."""
 
     @property
     def verdict(self) -> Verdict | None:
@@ -159,14 +161,18 @@ def choose(candidates: list[Candidate], predict: Predict, confirm: Predict) -> C
     """
     looked_at: list[Candidate] = []
     for candidate in candidates:
-        seen = replace(candidate, memory=predict(candidate.recipe, candidate.layout, candidate.batch))
+        seen = _see(candidate, predict)
         if seen.verdict == "FITS":
-            seen = replace(candidate, memory=confirm(candidate.recipe, candidate.layout, candidate.batch))
+            seen = replace(_see(candidate, confirm), is_exact=True)
         looked_at.append(seen)
         if seen.verdict == "FITS":
             break
     order = {"FITS": 0, "TIGHT": 1, "DOES NOT FIT": 2}
-    taken = min(looked_at, key=lambda c: (order[str(c.verdict)], c.excess if c.verdict == "DOES NOT FIT" else c.step_s))
+    while True:
+        taken = min(looked_at, key=lambda c: (order[str(c.verdict)], c.excess if c.verdict == "DOES NOT FIT" else c.step_s))
+        if taken.is_exact:
+            break
+        looked_at[looked_at.index(taken)] = replace(_see(taken, confirm), is_exact=True)
     return Choice(taken=taken, considered=tuple(looked_at), total=len(candidates))
 
 
@@ -180,6 +186,10 @@ def describe_choice(recipe: Recipe, choice: Choice) -> list[str]:
         reason = f"; {describe_setting(key, others[0])} {_fate(others[0])}" if others else ""
         notes.append(f"{key}: {value} ({_WHY[choice.taken.verdict]}{reason})")
     return notes
+
+
+def _see(candidate: Candidate, predict: Predict) -> Candidate:
+    return replace(candidate, memory=predict(candidate.recipe, candidate.layout, candidate.batch))
 
 
 _WHY: dict[Verdict | None, str] = {
