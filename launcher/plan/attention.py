@@ -60,7 +60,6 @@ def _kernel(
     kept = [tape.save(t) for t in (q, k, v, bias) if t is not None] if needs else []
     count = at.rows * at.queries * at.heads * at.value_width
     out = tape.new(count, q.width)
-    del bias
     sums = tape.new(at.rows * at.heads * (-(-at.queries // padded) * padded), FP32)
     rest = [tape.new(1, 8) for _ in range(seeds)]
     if needs:

@@ -99,8 +99,20 @@ def _make_masks(run: Pass) -> dict[str, Tensor | None]:
         if work.attention == "flash_attention_2" or (work.attention == "sdpa" and not work.packed and not slides):
             masks[kind] = None
         else:
-            masks[kind] = tape.new(count, work.width if work.attention == "eager" else 1)
+            masks[kind] = _make_mask(tape, count, work)
     return masks
+
+
+def _make_mask(tape: Tape, count: int, work: Workload) -> Tensor:
+    """masking_utils.sdpa_mask: a bool for causality and one for the packs, and both; eager_mask makes a bias of it."""
+    if not work.packed:
+        mask = tape.new(count, 1)
+    else:
+        packs = tape.new(count, 1)
+        causal = tape.new(count, 1)
+        mask = tape.new(count, 1)
+        del packs, causal
+    return tape.new(count, work.width) if work.attention == "eager" else mask
 
 
 def _make_tables(run: Pass) -> dict[str, tuple[Tensor, Tensor]]:
