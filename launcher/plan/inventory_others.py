@@ -215,7 +215,15 @@ def _gemma3(c: Config) -> Inventory:
             *moved)  # fmt: skip
 
 
+def _llama4(c: Config) -> Inventory:
+    """AutoModelForCausalLM builds a Llama 4 without the part that sees (models/auto/modeling_auto.py)."""
+    text = make_decoder_inventory({**c["text_config"], "model_type": "llama4_text"})
+    assert text is not None, "llama4_text is known"
+    return text
+
+
 _MAKERS: dict[str, Callable[[Config], Inventory]] = {
+    "llama4": _llama4,
     "bert": _bert,
     "roberta": _bert,
     "t5": _t5,

@@ -12,8 +12,9 @@ from launcher.plan.workload import Workload
 Peak = dict[str, int]
 """Bytes by what they are (launcher.plan.tape.KINDS) at the moment when most was live."""
 
-FAST_LAYERS = (12, 24)
-"""A deep model's peaks are taken from these two depths for a search: they are linear in depth."""
+FAST_LAYERS = (4, 8)
+"""A deep model's peaks are taken from these two depths for a search: each is the larger of several lines in depth, so this is
+never too high, and what a search lets through is computed in full (solve.choose)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

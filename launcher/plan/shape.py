@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from launcher.errors import ModelError
 from launcher.plan.gguf import read_gguf_header
 from launcher.plan.inventory import HEAD_DIM, TIED_UNLESS_TOLD, Inventory, Weight
 from launcher.plan.inventory_others import GEMMA3_TEXT, is_known, make_inventory
+from launcher.plan.known import find_known
 from launcher.plan.source import ModelSource
 
 KNOWN_HEADS = ("lm_head", "proj_out", "decoder", "classifier", "qa_outputs")
@@ -145,6 +146,9 @@ def load_shape(source: ModelSource, revision: str | None) -> ModelShape:
     """The shape of a located model. A hub id is asked for its config.json only. Raises ModelError."""
     if source.kind == "gguf":
         return _shape_of_gguf(Path(source.path))
+    if source.kind == "hub" and revision is None and (known := find_known(source.path)) is not None:
+        shape = shape_of_config(known.config, Path(f"the shipped config.json of {known.name}"))
+        return replace(shape, has_chat_template=known.has_chat_template)
     path = Path(source.path) / "config.json" if source.kind == "folder" else _fetch_hub_config(source.path, revision)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
