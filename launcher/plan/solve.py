@@ -60,6 +60,11 @@ class Candidate:
             shares.append(self.memory.host.p95 / self.memory.host_budget)
         return max(shares) - 1.0
 
+    @property
+    def shortfall(self) -> tuple[float, int]:
+        """The excess, and what tensors alone take."""
+        return self.excess, 0 if self.memory is None else self.memory.device("allocated").p95
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
@@ -169,7 +174,8 @@ def choose(candidates: list[Candidate], predict: Predict, confirm: Predict) -> C
             break
     order = {"FITS": 0, "TIGHT": 1, "DOES NOT FIT": 2}
     while True:
-        taken = min(looked_at, key=lambda c: (order[str(c.verdict)], c.excess if c.verdict == "DOES NOT FIT" else c.step_s))
+        # Of what does not fit by as much (an allocator's segments are coarse), the one whose tensors take least.
+        taken = min(looked_at, key=lambda c: (order[str(c.verdict)], *(c.shortfall if c.verdict == "DOES NOT FIT" else (c.step_s,))))
         if taken.is_exact:
             break
         looked_at[looked_at.index(taken)] = replace(_see(taken, confirm), is_exact=True)
