@@ -46,14 +46,21 @@ def _build_model(work: Workload, config: Config, layers: int) -> _Model:
     outside: dict[str, Any] = {}
     blocks: dict[int, dict[str, Any]] = {}
     for block in work.shape.inventory:
+        if any(part in block.prefix for part in SEEING):
+            continue
         if not block.layers:
             outside |= {block.prefix + name: weight for name, weight in build_block(work, block, 0).items()}
             continue
         for layer in block.layers:
             if layer < layers:
                 blocks[layer] = build_block(work, block, layer)
-    embedding = outside["model.embed_tokens"]
-    return _Model([blocks[i] for i in range(layers)], embedding, outside["model.norm"], outside.get("lm_head", embedding))
+    root = "model.language_model" if "model.language_model.norm" in outside else "model"
+    embedding = outside[f"{root}.embed_tokens"]
+    return _Model([blocks[i] for i in range(layers)], embedding, outside[f"{root}.norm"], outside.get("lm_head", embedding))
+
+
+SEEING = ("vision", "visual", "multi_modal_projector")
+"""Parts of a model that text does not pass through."""
 
 
 def _hidden_states(tape: Tape, work: Workload, config: Config, model: _Model) -> Tensor:
