@@ -193,7 +193,7 @@ def test_auto_begins_with_the_largest_micro_batch_that_divides_and_is_worth_it()
 def test_auto_fits_the_memory_of_the_device(model: Path) -> None:
     sections: dict[str, Any] = {"batch": {"global_batch_size": 128}, "memory": {"gradient_checkpointing": False}}
     sizes = []
-    for mebibytes in (4000, 690, 670, 1):
+    for mebibytes in (4000, 800, 760, 1):
         cluster = T4.model_copy(update={"device_memory": mebibytes << 20})
         plan = plan_of(model, cluster, **sections)
         sizes.append(plan.batch.micro_batch_size)
