@@ -61,6 +61,8 @@ def print_dry_run(dry: DryRun, stream: TextIO) -> None:
     _print_host(console, dry.plan)
     for label, text in describe_rest(dry.plan, dry.speed):
         _print_wrapped(console, f"{label:<{NAME_WIDTH}}", text)
+    for note in (*memory.notes, *dry.assumptions):
+        _print_wrapped(console, f"{'':<{NAME_WIDTH}}· ", note, "dim")
     if dry.suggestions is not None:
         _print_suggestions(console, dry.suggestions, dry.nodes_that_fit)
     if dry.choice is not None:
