@@ -284,6 +284,10 @@ def backward(tape: Tape, loss: Tensor) -> None:
         node.edges = ()
         outputs = list(run(grads))
         del run, grads
+        for index, output in enumerate(outputs):
+            if isinstance(output, tuple):  # made in another shape or dtype than its tensor's; fitted once what was kept is gone
+                outputs[index] = tape.make(output[1])
+                del output
         for index, (edge, slot) in enumerate(edges):
             grad = outputs[index]
             outputs[index] = None
