@@ -11,13 +11,36 @@ import subprocess
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from launcher.errors import ClusterError, RecipeError
 from launcher.schema import Spec, check_document, load_document
 from launcher.units import MIB
 
 Accelerator = Literal["cpu", "cuda"]
+
+
+class RayOptions(Spec):
+    """How a run is placed on a Ray cluster, and how long it waits for what."""
+
+    storage: str = ""
+    """A folder that every node sees at this path (NFS, Lustre, a mounted bucket): run folders are made in it."""
+    min_nodes: PositiveInt | None = None
+    """Go on with as few as this many nodes when others are lost, and grow back when they return; --nodes 2..4."""
+    cpus_per_worker: PositiveInt = 1
+    """Cores that Ray sets aside for a worker."""
+    labels: dict[str, str] = {}
+    """Only nodes with these Ray labels take part (ray start --labels)."""
+    secrets: tuple[str, ...] = ()
+    """Names of environment variables that workers get, such as HF_TOKEN; their values are never printed nor in plan.json."""
+    capacity_timeout_s: PositiveFloat = 600.0
+    """How long to wait for nodes that are not there or not free."""
+    stall_timeout_s: PositiveFloat | None = None
+    """A group without progress for so long is hung, and restarted; left out, 20 times the usual step and at least 2 minutes."""
+    stop_grace_s: PositiveFloat = 60.0
+    """How long a run that is asked to stop may take to save."""
+    spare_workers: bool = True
+    """Keep a process a rank ready, its libraries imported, that takes over at once when a worker dies."""
 
 
 class Cluster(Spec):
@@ -43,6 +66,8 @@ class Cluster(Spec):
     """Bytes of a machine's memory."""
     bf16: bool = False
     """Whether the devices compute in bf16 natively (compute capability 8.0 and up; avx512_bf16 or amx_bf16)."""
+    ray: RayOptions = RayOptions()
+    """How a run is placed on a Ray cluster."""
 
 
 def load_cluster(path: Path) -> Cluster:

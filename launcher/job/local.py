@@ -13,23 +13,18 @@ import secrets
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launcher.errors import ClusterError, Interrupted, LauncherError, Stopped, TrainingError
-from launcher.job.worker import Worker, worker_options
-from launcher.plan import PLAN_FILE, Plan
+from launcher.errors import ClusterError, Interrupted, LauncherError, Stopped
+from launcher.job.group import Group, GroupFailed, end_workers, run_group, start_workers
+from launcher.plan import Plan
 from launcher.run import Event, RunFolder, write_status
 
 START_OVER = "nothing was saved: the same command starts over in a new folder"
-START_TIMEOUT_S = 120.0
-POLL_S = 0.25
-FELLOW_ERRORS_S = 3.0
-"""After the first rank fails, how long the others may still say why: the cause often speaks second."""
 
 
 def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
@@ -39,7 +34,7 @@ def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
     try:
         with _own_ray(plan) as ray, _noting_signals() as stop_asked:
             show({"event": "phase", "name": "starting workers"})
-            _drive(ray, plan, show, stop_asked)
+            _run_workers(ray, plan, show, stop_asked)
     except KeyboardInterrupt:
         write_status(folder, "stopped", message="interrupted")
         raise Interrupted("interrupted", START_OVER) from None
@@ -53,6 +48,21 @@ def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
         write_status(folder, "failed", error=type(error).__name__, message=str(error), remedy="", exit_code=1)
         raise
     write_status(folder, "finished")
+
+
+def _run_workers(ray: Any, plan: Plan, show: Callable[[Event], None], stop_asked: Callable[[], LauncherError | None]) -> None:
+    def end_if_asked(group: Group) -> None:
+        if asked := stop_asked():
+            raise asked
+
+    try:
+        group = start_workers(ray, plan, [{}] * plan.layout.world_size, secrets={})
+        try:
+            run_group(ray, group, plan, show, hear=lambda rank, news: None, watch=end_if_asked)
+        finally:
+            end_workers(ray, group.workers)
+    except GroupFailed as failed:
+        raise failed.failure.error from None
 
 
 @contextmanager
@@ -92,70 +102,6 @@ def _own_ray(plan: Plan) -> Iterator[Any]:
     finally:
         ray.shutdown()
         shutil.rmtree(files, ignore_errors=True)
-
-
-def _drive(ray: Any, plan: Plan, show: Callable[[Event], None], stop_asked: Callable[[], LauncherError | None]) -> None:
-    """Start a worker a rank, hand over the plan, pass events on until all are done or one fails."""
-    actor = ray.remote(**worker_options(plan))(Worker)
-    workers = [actor.remote(plan.run_dir, rank) for rank in range(plan.layout.world_size)]
-    try:
-        address = ray.get(workers[0].reserve_address.remote(), timeout=START_TIMEOUT_S)
-        plan_path = str(Path(plan.run_dir) / PLAN_FILE)
-        running = {worker.train.remote(plan_path, address): rank for rank, worker in enumerate(workers)}
-        while running:
-            done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
-            if asked := stop_asked():
-                raise asked
-            _show_events(ray, workers[0], show)
-            failures = [failure for ref in done if (failure := _failure_of(ray, ref, running.pop(ref)))]
-            if failures:
-                raise _cause(failures + _fellow_failures(ray, running))
-        _show_events(ray, workers[0], show)
-    except ray.exceptions.GetTimeoutError:
-        raise ClusterError(
-            f"no worker started within {START_TIMEOUT_S:.0f} s", "lepton-launch doctor says what this machine lacks"
-        ) from None
-    finally:
-        for worker in workers:
-            ray.kill(worker)
-
-
-def _show_events(ray: Any, worker: Any, show: Callable[[Event], None]) -> None:
-    try:
-        for event in ray.get(worker.take_events.options(concurrency_group="control").remote(), timeout=10):
-            show(event)
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        return  # its train() call tells why
-
-
-def _failure_of(ray: Any, ref: Any, rank: int) -> LauncherError | None:
-    try:
-        ray.get(ref)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        return (
-            cause if isinstance(cause, LauncherError) else TrainingError(f"rank {rank}: {cause!r}", "the traceback is in the run's logs/")
-        )
-    except ray.exceptions.RayActorError as error:
-        reason = " ".join(str(error).split("\n")[0].split())
-        return TrainingError(
-            f"the process of rank {rank} died: {reason}",
-            "see the end of its file in the run's logs/; a kill by the kernel (out of memory) leaves no trace there",
-        )
-    return None
-
-
-def _fellow_failures(ray: Any, running: dict[Any, int]) -> list[LauncherError]:
-    deadline, failures = time.monotonic() + FELLOW_ERRORS_S, []
-    while running and time.monotonic() < deadline:
-        done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
-        failures += [failure for ref in done if (failure := _failure_of(ray, ref, running.pop(ref)))]
-    return failures
-
-
-def _cause(failures: list[LauncherError]) -> LauncherError:
-    """The failure that says most: a named one before "the connection to the others broke"."""
-    return min(failures, key=lambda failure: type(failure) is TrainingError)
 
 
 @contextmanager

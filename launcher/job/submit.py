@@ -1,0 +1,247 @@
+"""A run's life seen from outside: sent, found again, followed, stopped. Ray's job states are the states."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import logging
+import re
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launcher.errors import ClusterError, DataError, LauncherError, Stopped
+from launcher.job.client import naming_ray_errors
+from launcher.job.messages import MARK, make_error, read_message
+from launcher.job.package import Order, build_package
+from launcher.recipe import Recipe
+from launcher.run import Event
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+DRIVER = "python -m launcher.job.driver"
+TELL = "python -m launcher.job.tell"
+PREFIX = "lepton-"
+STOP_WAIT_S = 7 * 24 * 3600
+"""How long Ray leaves a driver that it told to stop: the driver keeps its own time (ray.stop_grace_s, stop --grace)."""
+RECONNECT_S = 1.0
+GIVE_UP_S = 90.0
+"""How long a client looks for a cluster that no longer answers."""
+OVER = ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A run as Ray Jobs knows it."""
+
+    run: str
+    submission_id: str
+    state: str
+    recipe: str
+    run_dir: str
+    started: float | None
+    ended: float | None
+    message: str
+    exit_code: int | None
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in OVER
+
+
+def make_submission_id(recipe: Recipe, run_dir: str) -> str:
+    """The same for the same recipe in the same place: what makes a second submit find the first. No sizes are in it:
+    a run that goes on with other nodes is the same run.
+    """
+    facts = recipe.model_dump(mode="json", exclude={"output_dir"})
+    digest = hashlib.sha256(json.dumps([facts, run_dir], sort_keys=True).encode()).hexdigest()[:8]
+    return f"{PREFIX}{recipe.name}-{digest}"
+
+
+def list_jobs(client: JobSubmissionClient) -> list[Job]:
+    """All runs of this launcher that the cluster remembers, the newest first."""
+    with naming_ray_errors(str(client.get_address())):
+        found = client.list_jobs()
+    jobs = [_read_job(details) for details in found if (details.metadata or {}).get("lepton_run")]
+    return sorted(jobs, key=lambda job: job.started or 0.0, reverse=True)
+
+
+def _read_job(details: Any) -> Job:
+    return Job(
+        run=details.metadata["lepton_run"],
+        submission_id=details.submission_id,
+        state=str(details.status.value),
+        recipe=details.metadata.get("lepton_recipe", ""),
+        run_dir=details.metadata.get("lepton_run_dir", ""),
+        started=details.start_time / 1000 if details.start_time else None,
+        ended=details.end_time / 1000 if details.end_time else None,
+        message=details.message or "",
+        exit_code=details.driver_exit_code,
+    )
+
+
+def find_job(client: JobSubmissionClient, name: str) -> Job:
+    """The newest job of a run, by its name, its submission id or the start of that. Raises DataError."""
+    jobs = list_jobs(client)
+    for job in jobs:
+        if name in (job.run, job.submission_id) or job.submission_id.startswith(PREFIX + name):
+            return job
+    names = ", ".join(dict.fromkeys(job.run for job in jobs))
+    raise DataError(f"the cluster at {client.get_address()} knows no run {name}", f"it knows {names}" if names else "it knows no runs")
+
+
+def submit(client: JobSubmissionClient, order: Order, given: str, recipe_dir: Path, secrets: dict[str, str]) -> tuple[Job, bool]:
+    """The run's job, and whether it is new: the same run that is going on already is found, not started twice.
+
+    Raises ClusterError where a run of that name goes on with another recipe.
+    """
+    recipe = Recipe.model_validate_json(json.dumps(order.recipe))
+    base = make_submission_id(recipe, order.run_dir)
+    jobs = list_jobs(client)
+    for job in jobs:
+        if job.run != order.run or job.is_over or order.dry_run:
+            continue
+        if re.fullmatch(re.escape(base) + r"(-\d+)?", job.submission_id):
+            return job, False
+        raise ClusterError(
+            f"a run named {order.run} goes on with another recipe ({job.submission_id})",
+            f"stop it, or give this one another name: name={order.run}-2",
+        )
+    taken = {job.submission_id for job in jobs}
+    if order.dry_run:
+        base += "-plan"
+    submission_id = next(name for number in range(1, 10_000) if (name := base if number == 1 else f"{base}-{number}") not in taken)
+    with tempfile.TemporaryDirectory(prefix="lepton-package-") as folder, naming_ray_errors(str(client.get_address())):
+        build_package(Path(folder), order, given, recipe_dir, secrets)
+        _quiet_ray()
+        client.submit_job(
+            entrypoint=DRIVER,
+            submission_id=submission_id,
+            runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
+            metadata={"lepton_run": order.run, "lepton_recipe": recipe.name, "lepton_run_dir": order.run_dir},
+        )
+        job = next(job for job in list_jobs(client) if job.submission_id == submission_id)
+    return job, True
+
+
+def _quiet_ray() -> None:
+    logging.getLogger("ray").setLevel(logging.ERROR)
+
+
+def follow(client: JobSubmissionClient, submission_id: str, show: Callable[[Event], None]) -> LauncherError | None:
+    """Give `show` the run's events, from its start to its end; returns how it ended, None if well. Raises ClusterError.
+
+    Ray's tail may end while the job goes on: it is then taken up where it ended.
+    """
+    _quiet_ray()
+    return asyncio.run(_follow(client, submission_id, show))
+
+
+async def _follow(client: JobSubmissionClient, submission_id: str, show: Callable[[Event], None]) -> LauncherError | None:
+    heard, result, stray = 0, None, list[str]()
+    lost_at: float | None = None
+    while True:
+        try:
+            async for line in _tail(client, submission_id):
+                lost_at = None
+                event = read_message(line)
+                if event is None:
+                    stray = [*stray[-20:], line] if not line.startswith(MARK) else stray
+                    continue
+                if event["number"] <= heard:
+                    continue
+                heard = event["number"]
+                if event["event"] == "result":
+                    result = event
+                else:
+                    show(event)
+            job = find_job(client, submission_id)
+        except (ClusterError, DataError) as error:
+            if result is not None:
+                return make_error(result)
+            lost_at = lost_at or time.monotonic()
+            if time.monotonic() - lost_at > GIVE_UP_S:
+                raise ClusterError(
+                    f"the cluster has not answered for {GIVE_UP_S:.0f} s: {error.message}",
+                    "once it is back, the same command continues the run",
+                ) from None
+            await asyncio.sleep(RECONNECT_S)
+            continue
+        if job.is_over:
+            return _conclude(job, result, stray)
+        await asyncio.sleep(RECONNECT_S)
+
+
+async def _tail(client: JobSubmissionClient, submission_id: str) -> AsyncIterator[str]:
+    """The job's log from its start, line by line, until the connection ends."""
+    rest = ""
+    with naming_ray_errors(str(client.get_address())):
+        async for chunk in client.tail_job_logs(submission_id):
+            *lines, rest = (rest + chunk).split("\n")
+            for line in lines:
+                yield line
+    if rest:
+        yield rest
+
+
+def _conclude(job: Job, result: Event | None, stray: list[str]) -> LauncherError | None:
+    """How a job that is over ended, also where its driver had no time to say so."""
+    if result is not None:
+        return make_error(result)
+    if job.state == "SUCCEEDED":
+        return None
+    again = "the same command continues it"
+    if job.state == "STOPPED":
+        return Stopped("the job was stopped", again)
+    said = next((line for line in reversed(stray) if line.strip()), "")
+    if job.exit_code == 127 or "not found" in said and "python" in said:
+        return ClusterError(f"the head has no python on its PATH: {said}", "start Ray there with the environment's bin folder on the PATH")
+    reason = next(iter(job.message.splitlines()), "") if job.message else "no reason is known"
+    return ClusterError(
+        f"the run's driver ended without a word: {reason[:300]}" + (f"; it last printed: {said[:200]}" if said else ""), again
+    )
+
+
+def stop(client: JobSubmissionClient, job: Job, grace_s: float | None) -> None:
+    """Ask a run to save and end; without `grace_s` its own grace counts."""
+    with naming_ray_errors(str(client.get_address())):
+        if grace_s is not None:
+            _tell(client, job, grace_s)
+        client.stop_job(job.submission_id)
+
+
+def _tell(client: JobSubmissionClient, job: Job, grace_s: float) -> None:
+    """Leave the driver word of how long it may take. Ray's stop carries none, so a small job does, beside the run."""
+    import launcher
+
+    with tempfile.TemporaryDirectory(prefix="lepton-tell-") as folder:
+        code = Path(folder) / "launcher" / "job"
+        code.mkdir(parents=True)
+        source = Path(launcher.__file__).parent
+        for name in ("__init__.py", "job/__init__.py", "job/tell.py"):
+            (Path(folder) / "launcher" / name).write_bytes((source / name).read_bytes())
+        told = client.submit_job(entrypoint=f"{TELL} {job.run} {grace_s:g}", runtime_env={"working_dir": folder})
+    deadline = time.monotonic() + GIVE_UP_S
+    while client.get_job_status(told) not in OVER and time.monotonic() < deadline:
+        time.sleep(0.3)
+    with contextlib.suppress(RuntimeError):  # it is over, or will be: a line in the cluster's list is all that stays
+        client.delete_job(told)
+
+
+def wait_until_over(client: JobSubmissionClient, job: Job, within_s: float) -> Job:
+    """The job once it is over, or as it is after that time."""
+    deadline = time.monotonic() + within_s
+    while not (job := find_job(client, job.submission_id)).is_over and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return job
+
+
+def job_facts(job: Job) -> dict[str, Any]:
+    """A job for a program to read."""
+    return asdict(job)

@@ -1,0 +1,101 @@
+"""A Ray cluster of four hosts for the tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from hosts import Host, Network, why_not
+
+RAY_PORT, JOBS_PORT = 6379, 8265
+TOKEN = "a-token-that-only-the-tests-know-0123456789"
+QUICK_TO_NOTICE = {
+    # Ray's defaults give a silent host half a minute and more; the tests need not wait as long.
+    "RAY_health_check_initial_delay_ms": "2000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "4",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+}
+
+
+@dataclass
+class RayHosts:
+    """Hosts on a network with a Ray on them; the first is the head."""
+
+    network: Network
+    head: Host
+    workers: list[Host]
+
+    @property
+    def address(self) -> str:
+        return f"http://{self.head.address}:{JOBS_PORT}"
+
+    @property
+    def storage(self) -> Path:
+        """The shared storage, as this machine sees it."""
+        return self.network.storage
+
+    def start_head(self) -> None:
+        self.head.run("ray", "start", "--head", f"--port={RAY_PORT}", "--dashboard-host", self.head.address, *node_options(self.head))
+
+    def start_worker(self, host: Host, *options: str) -> None:
+        host.run("ray", "start", f"--address={self.head.address}:{RAY_PORT}", *node_options(host), *options)
+
+    def switch_on(self, number: int) -> Host:
+        """A host that was killed, back with a new Ray on it."""
+        host = self.network.add(number, **self.head.environment)
+        self.workers = [other for other in self.workers if other.name != host.name] + [host]
+        self.start_worker(host)
+        return host
+
+    def wait_for_nodes(self, count: int, within_s: float = 60) -> None:
+        deadline = time.monotonic() + within_s
+        while (alive := self.count_nodes()) != count:
+            assert time.monotonic() < deadline, f"{alive} nodes after {within_s} s, and {count} were expected"
+            time.sleep(0.5)
+
+    def count_nodes(self) -> int:
+        request = urllib.request.Request(f"{self.address}/nodes?view=summary", headers={"Authorization": f"Bearer {TOKEN}"})
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                summary = json.load(answer)["data"]["summary"]
+        except OSError:
+            return 0
+        return sum(node["raylet"]["state"] == "ALIVE" for node in summary)
+
+
+def node_options(host: Host, cpus: int = 1) -> list[str]:
+    return [f"--node-ip-address={host.address}", f"--num-cpus={cpus}", "--object-store-memory=80000000", "--disable-usage-stats"]
+
+
+@pytest.fixture(scope="session")
+def ray_hosts(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[RayHosts]:
+    """Four hosts, one CPU each, a Ray that wants a token, storage with the tiny model and data on it."""
+    if reason := why_not():
+        pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("hosts")
+    storage = folder / "storage"
+    shutil.copytree(tiny, storage / "tiny")
+    network = Network(folder, storage)
+    try:
+        environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, **QUICK_TO_NOTICE}
+        head, *workers = [network.add(number, **environment) for number in (1, 2, 3, 4)]
+        cluster = RayHosts(network, head, workers)
+        cluster.start_head()
+        for host in workers:
+            cluster.start_worker(host)
+        cluster.wait_for_nodes(4)
+        yield cluster
+    finally:
+        network.close()
