@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --constraint constraints.txt
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help install dev quickstart test lint benchmarks clean
+.PHONY: help install dev quickstart test test-long gpu-check lint benchmarks clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -35,6 +35,12 @@ quickstart: install  ## QLoRA of SmolLM2-135M on two CPU workers, start to end
 
 test: dev  ## the tests
 	$(BIN)/python -m pytest
+
+test-long: dev  ## the matrices that are too long for each commit
+	$(BIN)/python -m pytest -m long --timeout=3600
+
+gpu-check:  ## the loop on a GPU, under torchrun: no Ray needed, nothing is installed (PYTHON=... of an environment with torch for CUDA)
+	$(PYTHON) -m pytest -m gpu tests/gpu
 
 lint: dev  ## style, types and import contracts
 	$(BIN)/ruff check .

@@ -97,7 +97,7 @@ def find_local_cluster(workers: int | None = None, accelerator: Accelerator | No
                        device_memory=device_memory, host_memory=memory, bf16=capability >= 8.0)  # fmt: skip
     workers = workers or min(2, cores)
     return Cluster(accelerator="cpu", device_name="CPU", workers_per_node=workers, cpus_per_node=cores,
-                   device_memory=memory // workers, host_memory=memory, bf16=_cpu_has_bf16())  # fmt: skip
+                   device_memory=memory // workers, host_memory=memory, bf16=cpu_has_bf16())  # fmt: skip
 
 
 def find_gpus() -> list[tuple[str, int, float]]:
@@ -125,7 +125,7 @@ def _why_no_gpu() -> str:
     return "nvidia-smi lists none" if visible is None else f"nvidia-smi lists none that CUDA_VISIBLE_DEVICES={visible!r} allows"
 
 
-def _cpu_has_bf16() -> bool:
+def cpu_has_bf16() -> bool:
     """Whether matrix products in bf16 have instructions of their own; without them they are slower than in fp32."""
     try:
         flags = Path("/proc/cpuinfo").read_text().split()

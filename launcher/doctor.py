@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import launcher
-from launcher.cluster import find_gpus, find_host_memory
+from launcher.cluster import cpu_has_bf16, find_gpus, find_host_memory
 from launcher.run import cache_dir
 from launcher.units import GIB, MIB, format_bytes
 from launcher.versions import STACK, read_version
@@ -114,7 +114,9 @@ def _check_devices() -> Iterator[Finding]:
     for index, (name, memory, capability) in enumerate(gpus):
         yield Finding(name=f"GPU {index}", health="ok", found=f"{name}, {format_bytes(memory)}, compute capability {capability:g}")
     if not gpus:
-        yield Finding(name="GPU", health="note", found="none (nvidia-smi finds none): runs use the CPU, in fp32")
+        yield Finding(
+            name="GPU", health="note", found=f"none (nvidia-smi finds none): runs use the CPU, in {'bf16' if cpu_has_bf16() else 'fp32'}"
+        )
     elif "+cpu" in torch_version:
         yield Finding(
             name="torch build",
@@ -307,9 +309,7 @@ def list_abilities() -> list[Ability]:
         Ability(
             what="model.dtype bf16",
             works=not gpus or bf16_gpu,
-            why=("native" if bf16_gpu else f"{gpus[0][0]} is older than compute capability 8.0")
-            if gpus
-            else "on the CPU it works, and is mostly slower than fp32",
+            why=_describe_bf16(gpus[0] if gpus else None),
         ),
         Ability(what="model.dtype fp16", works=bool(gpus), why="with loss scaling" if gpus else no_gpu),
         Ability(what="8-bit optimizers and Lion", works=bnb, why="bitsandbytes" if bnb else "bitsandbytes is not installed"),
@@ -325,3 +325,9 @@ def list_abilities() -> list[Ability]:
             why=no_gpu if not gpus else "installed" if liger else "liger-kernel is not installed",
         ),
     ]
+
+
+def _describe_bf16(gpu: tuple[str, int, float] | None) -> str:
+    if gpu is not None:
+        return "native" if gpu[2] >= 8.0 else f"{gpu[0]} is older than compute capability 8.0"
+    return "native on this CPU" if cpu_has_bf16() else "on this CPU it works, and is mostly slower than fp32"

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import pickle
@@ -213,7 +214,7 @@ def test_workers_nodes_and_cluster_reach_the_plan(recipe: Path) -> None:
 
 def test_a_machine_with_gpus_can_be_told_to_use_its_cpu(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "find_gpus", lambda: [("NVIDIA T4", 16 << 30, 7.5)])
-    monkeypatch.setattr(cluster, "_cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(cluster, "cpu_has_bf16", lambda: False)
     plan = json.loads(invoke(recipe, "--accelerator", "cpu", "--dry-run", "--json").stdout)
     assert (plan["layout"]["backend"], plan["layout"]["dtype"], plan["cluster"]["device_name"]) == ("gloo", "fp32", "CPU")
 
@@ -248,6 +249,14 @@ def test_each_mistake_has_its_exit_code_and_makes_no_run_folder(recipe: Path, jo
         assert (result.exit_code, told in result.stderr) == (code, True), f"{args}: {result.exit_code}\n{result.output}"
         assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
     assert not Path("runs").exists() and jobs == []
+
+
+def test_a_tracker_that_is_not_installed_is_told_before_the_run(recipe: Path, jobs: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "mlflow" else real(name))
+    result = invoke(recipe, "track.to=[tensorboard,mlflow]")
+    assert result.exit_code == 8 and "mlflow is not installed" in result.stderr and "pip install mlflow" in result.stderr
+    assert not jobs and not (recipe.parent / "runs").exists()
 
 
 def test_a_disk_too_full_for_the_model_is_told_before_the_run(recipe: Path, jobs: list[Plan], monkeypatch: pytest.MonkeyPatch) -> None:

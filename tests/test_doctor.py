@@ -50,6 +50,14 @@ def test_a_gpu_is_named_and_a_cpu_build_of_torch_beside_it_is_told(monkeypatch: 
     assert works["model.dtype fp16"] and not works["model.dtype bf16"]
 
 
+@pytest.mark.parametrize(("native", "dtype", "why"), [(True, "bf16", "native"), (False, "fp32", "slower")])
+def test_the_dtype_of_a_cpu_is_the_one_that_a_run_takes(native: bool, dtype: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "find_gpus", list)
+    monkeypatch.setattr(doctor, "cpu_has_bf16", lambda: native)
+    assert only("GPU").found.endswith(f"in {dtype}")
+    assert [why in ability.why for ability in doctor.list_abilities() if ability.what == "model.dtype bf16"] == [True]
+
+
 def test_without_a_gpu_qlora_works_and_fp16_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "find_gpus", list)
     works = {ability.what: ability.works for ability in doctor.list_abilities()}

@@ -80,6 +80,7 @@ def test_the_loaded_and_the_merged_model_are_the_trained_one(name: str, runs: di
     assert torch.allclose(logits_of(plain), wanted, atol=1e-5)
     assert plain.config.use_cache and plain.dtype == torch.float32
     assert not hasattr(plain.config, "quantization_config") and not hasattr(plain, "peft_config")
+    assert {oct(path.stat().st_mode & 0o777) for path in merged.iterdir()} == {"0o644"}, "others may read it"
 
 
 def test_a_bf16_run_merges_in_fp32_without_loss_and_in_bf16_closely(tiny: Path, tmp_path: Path) -> None:

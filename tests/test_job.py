@@ -23,7 +23,7 @@ def recipe(tiny: Path, tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
     path.write_text(f"""
 name: tiny
-model: {{name_or_path: {tiny}/model}}
+model: {{name_or_path: {tiny}/model, dtype: fp32}}
 method: {{kind: qlora, r: 4}}
 data: {{train: {tiny}/train.jsonl, eval: {tiny}/eval.jsonl, seq_len: 64}}
 batch: {{global_batch_size: 8}}
@@ -127,6 +127,7 @@ def test_a_run_from_recipe_to_adapter_beside_another_ray(recipe: Path, tmp_path:
     assert {p.name for p in folder.path.iterdir()} == {"recipe.yaml", "plan.json", "metrics.jsonl", "status.json", "logs", "model", "report.md",
                                                        "loss.png", "trackers"}  # fmt: skip
     assert {p.name for p in folder.model.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"}
+    assert {oct(path.stat().st_mode & 0o777) for path in folder.model.iterdir()} == {"0o644"}, "others may read it"
     assert [p.name for p in sorted((folder.path / "logs").iterdir())] == ["rank-00000.log", "rank-00001.log"]
     assert list(folder.trackers.rglob("events.out.tfevents.*"))
     events = list(read_events(folder))

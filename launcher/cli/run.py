@@ -106,14 +106,16 @@ def _start_run_folder(plan: Plan, recipe_path: Path, overrides: tuple[str, ...])
 
 
 def _check_startable(plan: Plan) -> None:
-    """What stands between a good plan and its start: nodes that are not there, a disk that is too full."""
+    """What stands between a good plan and its start: nodes that are not there, a tracker not installed, a disk too full."""
     import shutil
 
+    from launcher.train.metrics import check_trackers
     from launcher.units import DTYPE_BYTES, format_bytes
 
     if plan.cluster.address == "local" and plan.layout.nodes > 1:
         raise ClusterError(f"the plan needs {plan.layout.nodes} nodes, and this machine is one",
                            "name a running cluster with --cluster FILE, drop --nodes, or add --dry-run to see the plan only")  # fmt: skip
+    check_trackers(plan.recipe.track.to)
     saved = plan.trainable_params if plan.recipe.method.kind in ("lora", "qlora") else plan.num_params
     needed = saved * DTYPE_BYTES[plan.layout.dtype]
     place = next(folder for folder in (Path(plan.run_dir), *Path(plan.run_dir).parents) if folder.exists())

@@ -78,6 +78,8 @@ def _own_ray(plan: Plan) -> Iterator[Any]:
         # Ray on a Mac listens on loopback only; elsewhere it turns 127.0.0.1 into the machine's address unless told not to
         # (ray 2.60, _private/services.py, get_node_ip_address).
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Ray runs workers at niceness 15; here they are what the machine is for, as they would be under torchrun.
+        "RAY_worker_niceness": "0",
         # How long Ray's agents look for its head before they end themselves, should this process be killed.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
     }

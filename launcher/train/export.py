@@ -36,8 +36,16 @@ def export_model(engine: Any, plan: Plan, tokenizer: PreTrainedTokenizerFast, fo
         else:
             engine.module.save_pretrained(unfinished, state_dict=weights)
         tokenizer.save_pretrained(unfinished)
+        allow_reading(unfinished)
         unfinished.rename(folder)
     dist.barrier()
+
+
+def allow_reading(folder: Path) -> None:
+    """Let others read a folder and its files: safetensors and mkdtemp make them for their owner alone."""
+    folder.chmod(0o755)
+    for path in folder.iterdir():
+        path.chmod(0o644)
 
 
 def gather_weights(engine: Any, *, only_trained: bool) -> dict[str, torch.Tensor]:

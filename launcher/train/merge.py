@@ -13,6 +13,7 @@ from launcher.errors import BudgetError, DataError
 from launcher.plan import Plan, load_plan
 from launcher.recipe import Lora, QLora
 from launcher.run import RunFolder
+from launcher.train.export import allow_reading
 from launcher.train.generate import attach_adapter, check_finished, fit_to_machine
 from launcher.train.model import TORCH_DTYPE, load_base, prepare_weights
 from launcher.units import DTYPE_BYTES, format_bytes
@@ -42,7 +43,7 @@ def merge_run(folder: RunFolder, output: Path, dtype: str | None = None) -> Path
     try:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        unfinished.chmod(0o755)  # mkdtemp's are private
+        allow_reading(unfinished)
         unfinished.replace(output)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,27 +61,32 @@ def _tracked(event: Event) -> dict[str, float]:
 def _open_tracker(name: str, plan: Plan, folder: RunFolder) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
-    from accelerate.utils import is_mlflow_available, is_wandb_available
 
+    check_trackers((name,))
     PartialState(cpu=plan.layout.accelerator == "cpu")  # accelerate's trackers log through it; it takes over the group there is
     project, run = plan.recipe.track.project, Path(plan.run_dir).name
     if name == "tensorboard":
         tracker: Any = TensorBoardTracker(run, folder.trackers)
     elif name == "wandb":
-        _check_installed(name, is_wandb_available())
         tracker = WandBTracker(project, name=run, dir=str(folder.path))
     else:
-        _check_installed(name, is_mlflow_available())
-        tracker = MLflowTracker(project, logging_dir=str(folder.trackers), run_name=run)
+        import mlflow
+
+        if not mlflow.is_tracking_uri_set():  # its own default is a database in whatever folder the command was typed in
+            folder.trackers.mkdir(exist_ok=True)
+            mlflow.set_tracking_uri(f"sqlite:///{folder.trackers / 'mlflow.db'}")
+        tracker = MLflowTracker(project, run_name=run)
     # Only rank 0 gets here; accelerate need not find that out again.
     tracker.main_process_only = False
     tracker.start()
     return tracker
 
 
-def _check_installed(name: str, installed: bool) -> None:
-    if not installed:
-        raise DataError(f"track.to: {name} is not installed", f"pip install {name}, or take it out of track.to")
+def check_trackers(names: Sequence[str]) -> None:
+    """Raises DataError for a tracker whose package is not installed. Imports nothing."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise DataError(f"track.to: {name} is not installed", f"pip install {name}, or take it out of track.to")
 
 
 def read_peak_memory() -> int:
