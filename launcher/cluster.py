@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -76,6 +77,35 @@ def load_cluster(path: Path) -> Cluster:
     if faults or cluster is None:
         raise RecipeError(faults)
     return cluster
+
+
+def locate_cluster(name: str) -> Path | None:
+    """The file of --cluster: a path, or the name of one in cluster/. None for an address. Raises ClusterError."""
+    if name == "auto" or "://" in name or re.fullmatch(r"[\w.\-\[\]:]+:\d+", name):
+        return None
+    folders = (Path("cluster"), Path(__file__).parents[1] / "cluster")
+    for path in (Path(name), *(folder / f"{name}.yaml" for folder in folders)):
+        if path.is_file():
+            return path
+    there = sorted({path.stem for folder in folders for path in folder.glob("*.yaml") if _is_cluster_file(path)})
+    raise ClusterError(
+        f"--cluster {name}: no such file, no cluster/{name}.yaml, and no address",
+        f"name {', '.join(there)}, a file, or http://HOST:8265" if there else "name a file, or http://HOST:8265",
+    )
+
+
+def _is_cluster_file(path: Path) -> bool:
+    """Whether a YAML file beside clusters is one: `ray up` and KubeRay have theirs there too."""
+    return any(line.startswith("address:") for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def make_node_range(text: str) -> tuple[int, int]:
+    """The bounds of --nodes: "4" → (4, 4), "2..4" → (2, 4). Raises ClusterError."""
+    match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text.strip())
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most:
+        raise ClusterError(f"--nodes {text}: a number of machines, or a range of them", "write --nodes 4, or --nodes 2..4")
+    return least, most
 
 
 def find_local_cluster(workers: int | None = None, accelerator: Accelerator | None = None) -> Cluster:

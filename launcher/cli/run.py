@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TextIO
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
 import typer
 
-from launcher.cli.app import VERBS, JsonOption, OverridesArgument, RecipeArgument, app, print_json
+from launcher.cli.app import VERBS, ClusterOption, JsonOption, OverridesArgument, RecipeArgument, app, print_json
 from launcher.errors import BudgetError, ClusterError, Fault, RecipeError
 
 if TYPE_CHECKING:
@@ -23,11 +24,25 @@ if TYPE_CHECKING:
 def run(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    nodes: Annotated[int | None, typer.Option(min=1, help="How many machines take part.")] = None,
-    cluster: Annotated[Path | None, typer.Option(help="A cluster file; without one, this machine.", show_default=False)] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Workers a machine; one a GPU unless told, two on CPU.")] = None,
+    nodes: Annotated[
+        str | None, typer.Option(metavar="N or N..M", help="How many machines take part; 2..4 goes on with what is there.")
+    ] = None,
+    cluster: ClusterOption = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", "--gpus-per-node", min=1, help="Workers a machine; one a GPU unless told, two on CPU.")
+    ] = None,
     accelerator: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="What to compute on; a GPU where there is one.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    storage: Annotated[str | None, typer.Option(help="A folder that all nodes share, for run folders.", show_default=False)] = None,
+    capacity_timeout: Annotated[
+        str | None, typer.Option(metavar="TIME", help="How long to wait for nodes: 90s, 10m, 2h. [default: 10m]")
+    ] = None,
+    cpus_per_worker: Annotated[int | None, typer.Option(min=1, help="Cores that Ray sets aside for a worker. [default: 1]")] = None,
+    label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="Only nodes with this Ray label; may be repeated.")] = None,
+    secret: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="An environment variable for the workers, never printed; may be repeated.")
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="Return once the cluster has the run.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune what the recipe says; the word run may be left out."""
@@ -37,7 +52,14 @@ def run(
 
     told = sys.stderr if as_json else sys.stdout
     path, changes = locate_named_recipe(recipe), tuple(overrides or ())
-    plan = make_checked_plan(path, changes, choose_cluster(cluster, nodes, workers, accelerator))
+    options = make_ray_options(storage, capacity_timeout, cpus_per_worker, label, secret)
+    chosen = choose_cluster(cluster, nodes, workers, accelerator, options)
+    if is_elsewhere(chosen, dry_run):
+        from launcher.cli.jobs import run_on_cluster
+
+        run_on_cluster(path, changes, chosen, workers, dry_run=dry_run, detach=detach, as_json=as_json)
+        return
+    plan = make_checked_plan(path, changes, chosen)
     if dry_run and as_json:
         print_json(plan.to_dict())
         return
@@ -66,17 +88,64 @@ def locate_named_recipe(name_or_path: str) -> Path:
         raise
 
 
-def choose_cluster(file: Path | None, nodes: int | None, workers: int | None, accelerator: Literal["cpu", "cuda"] | None) -> Cluster:
-    """The cluster of the file or of this machine, with what the command line asks for. Raises ClusterError."""
-    from launcher.cluster import find_local_cluster, load_cluster
+def choose_cluster(
+    name: str | None,
+    nodes: str | None,
+    workers: int | None,
+    accelerator: Literal["cpu", "cuda"] | None,
+    options: dict[str, Any] | None = None,
+) -> Cluster:
+    """The cluster of that name, file or address, or this machine, with what the command line asks for. Raises ClusterError.
 
-    cluster = load_cluster(file) if file else find_local_cluster(workers, accelerator)
-    if accelerator and accelerator != cluster.accelerator:
+    Without a name, a run on one node stays on this machine, whatever else runs here; one on several goes to the cluster
+    that this machine belongs to.
+    """
+    from launcher.cluster import Cluster, find_local_cluster, load_cluster, locate_cluster, make_node_range
+
+    least, most = make_node_range(nodes) if nodes else (None, None)
+    file = locate_cluster(name) if name else None
+    if file:
+        cluster = load_cluster(file)
+    elif name or (most or 1) > 1 or "RAY_ADDRESS" in os.environ:
+        cluster = Cluster(name=name or "auto", address=name or os.environ.get("RAY_ADDRESS", "auto"))
+    else:
+        cluster = find_local_cluster(workers, accelerator)
+    if accelerator and accelerator != cluster.accelerator and "accelerator" in cluster.model_fields_set:
         raise ClusterError(
-            f"--accelerator {accelerator}: {file} says {cluster.accelerator}", "change the cluster file, or drop --accelerator"
+            f"--accelerator {accelerator}: {file or 'this machine'} says {cluster.accelerator}",
+            "change the cluster file, or drop --accelerator",
         )
-    changes = {"nodes": nodes, "workers_per_node": workers}
-    return cluster.model_copy(update={name: value for name, value in changes.items() if value})
+    changes = {"nodes": most, "workers_per_node": workers, "accelerator": accelerator}
+    asked = {**(options or {}), **({"min_nodes": least} if least != most else {})}
+    ray = cluster.ray.model_copy(update=asked)
+    return cluster.model_copy(update={**{key: value for key, value in changes.items() if value}, **({"ray": ray} if asked else {})})
+
+
+def make_ray_options(
+    storage: str | None, capacity_timeout: str | None, cpus_per_worker: int | None, labels: list[str] | None, secrets: list[str] | None
+) -> dict[str, Any]:
+    """What the command line says about placing a run, as fields of the cluster's `ray` section. Raises ClusterError."""
+    from launcher.units import make_seconds
+
+    told: dict[str, Any] = {"storage": storage, "cpus_per_worker": cpus_per_worker, "secrets": tuple(secrets or ())}
+    for label in labels or ():
+        key, mark, value = label.partition("=")
+        if not mark:
+            raise ClusterError(f"--label {label}: a label has a value", "write --label KEY=VALUE")
+        told.setdefault("labels", {})[key] = value
+    if capacity_timeout:
+        try:
+            told["capacity_timeout_s"] = make_seconds(capacity_timeout)
+        except ValueError as error:
+            raise ClusterError(f"--capacity-timeout: {error}", "write 90s, 10m or 2h") from None
+    return {key: value for key, value in told.items() if value}
+
+
+def is_elsewhere(cluster: Cluster, dry_run: bool) -> bool:
+    """Whether a running Ray is needed: to run on, or, for a dry run, to be asked what it has."""
+    if cluster.address == "local":
+        return False
+    return not (dry_run and {"device_memory", "host_memory"} <= cluster.model_fields_set)
 
 
 def make_checked_plan(path: Path, overrides: tuple[str, ...], cluster: Cluster) -> Plan:

@@ -42,6 +42,7 @@ class Group:
     workers: list[Any]
     places: list[Place]
     step: int = 0
+    stepping: bool = False
     step_times_s: list[float] = field(default_factory=list)
     moved_at: float = field(default_factory=time.monotonic)
 
@@ -52,6 +53,7 @@ class Group:
     def note(self, event: Event) -> None:
         """Count an event as progress."""
         self.moved_at = time.monotonic()
+        self.stepping = event["event"] == "step" or (self.stepping and event["event"] != "phase")
         if event["event"] == "step":
             self.step = event["step"]
             self.step_times_s = [*self.step_times_s[-50:], event["step_s"]]
@@ -157,7 +159,7 @@ def _hear_rest(
 def _check_moving(group: Group, plan: Plan, asked: dict[Any, tuple[int, float]]) -> None:
     """The watchdog. Raises GroupFailed where nothing has moved for too long, naming the workers that do not answer."""
     now = time.monotonic()
-    limit_s = stall_limit_s(group.step_times_s, plan.cluster.ray.stall_timeout_s)
+    limit_s = stall_limit_s(group.step_times_s if group.stepping else [], plan.cluster.ray.stall_timeout_s)
     if now - group.moved_at < limit_s:
         return
     silent = sorted(rank for rank, since in asked.values() if now - since > SILENT_S)

@@ -15,7 +15,7 @@ HOLD_S = 1.0
 _NOISE = re.compile(
     "|".join(
         (
-            r"\[W\d{3} [\d:.]+ .*\.cpp:\d+\]",  # torch's C++ warnings: sockets, IPv6, ProcessGroup teardown
+            r"\[W\d{3,4} [\d:.]+ .*\.cpp:\d+\]",  # torch's C++ warnings: sockets, IPv6, ProcessGroup teardown
             r"\[rank\d+\]:\[W",
             r"\[Gloo\] Rank",
             r"\[[\d-]+ [\d:,.]+\] \[(INFO|WARNING|DEBUG)\]",  # DeepSpeed's logger

@@ -15,7 +15,7 @@ from typing import Any
 
 from launcher.cluster import Cluster
 from launcher.errors import DataError
-from launcher.plan import Plan, load_plan, make_plan
+from launcher.plan import Plan, make_plan, read_plan
 from launcher.plan.source import PACKAGE_SCHEME
 from launcher.recipe import Recipe
 from launcher.units import MIB, format_bytes
@@ -40,16 +40,10 @@ class Order:
     def make_plan(self) -> Plan:
         """The plan, made here where it was not made before: the model may be where only the cluster reaches it."""
         if self.plan is not None:
-            return load_plan_facts(self.plan)
+            return read_plan(self.plan)
         recipe = Recipe.model_validate_json(json.dumps(self.recipe))
         cluster = Cluster.model_validate_json(json.dumps(self.cluster))
         return make_plan(recipe, cluster, base_dir=self.base_dir, run_dir=self.run_dir)
-
-
-def load_plan_facts(facts: dict[str, Any]) -> Plan:
-    path = Path("plan.json")
-    path.write_text(json.dumps(facts), encoding="utf-8")
-    return load_plan(path)
 
 
 def load_order(folder: Path) -> Order:

@@ -36,8 +36,8 @@ LONGEST_PAUSE_S = 60.0
 SHORTEST_STALL_S = 120.0
 STALL_STEPS = 20
 """A step may take this many times the usual before the group counts as hung."""
-FIRST_STALL_S = 1800.0
-"""Before the first step: weights are read, data is tokenised, and nothing tells how long that is."""
+PHASE_STALL_S = 1800.0
+"""Where it does not step: weights are read, data is tokenised, a held-out set is measured, and nothing tells how long that is."""
 
 BROKEN_LINKS = (
     "connection closed by peer",
@@ -159,7 +159,9 @@ def name_kind(error: LauncherError) -> Kind:
 
 
 def stall_limit_s(step_times_s: Sequence[float], wanted_s: float | None) -> float:
-    """How long a group may go without a sign of progress. `wanted_s` is what the cluster file says, if it does."""
-    if wanted_s is not None:
-        return wanted_s if step_times_s else max(wanted_s, FIRST_STALL_S)
-    return max(SHORTEST_STALL_S, STALL_STEPS * median(step_times_s)) if step_times_s else FIRST_STALL_S
+    """How long a group may go without a sign of progress. `step_times_s` is empty where it does not step; `wanted_s` is
+    what the cluster file says, if it does.
+    """
+    if not step_times_s:
+        return max(PHASE_STALL_S, wanted_s or 0.0)
+    return wanted_s if wanted_s is not None else max(SHORTEST_STALL_S, STALL_STEPS * median(step_times_s))

@@ -11,10 +11,11 @@ import re
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launcher.cluster import RayOptions
 from launcher.errors import ClusterError, DataError, LauncherError, Stopped
 from launcher.job.client import naming_ray_errors
 from launcher.job.messages import MARK, make_error, read_message
@@ -33,6 +34,7 @@ STOP_WAIT_S = 7 * 24 * 3600
 RECONNECT_S = 1.0
 GIVE_UP_S = 90.0
 """How long a client looks for a cluster that no longer answers."""
+DEFAULT_GRACE_S = RayOptions().stop_grace_s
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -242,6 +244,42 @@ def wait_until_over(client: JobSubmissionClient, job: Job, within_s: float) -> J
     return job
 
 
-def job_facts(job: Job) -> dict[str, Any]:
-    """A job for a program to read."""
-    return asdict(job)
+def load_events(client: JobSubmissionClient, job: Job) -> list[Event]:
+    """All events of the job's log so far."""
+    with naming_ray_errors(str(client.get_address())):
+        log = client.get_job_logs(job.submission_id)
+    return [event for line in log.split("\n") if (event := read_message(line))]
+
+
+def load_end(client: JobSubmissionClient, job: Job) -> LauncherError | None:
+    """What a job that is over ended with."""
+    result = next((event for event in reversed(load_events(client, job)) if event["event"] == "result"), None)
+    return _conclude(job, result, []) if job.is_over else None
+
+
+def load_progress(client: JobSubmissionClient, job: Job) -> dict[str, Any]:
+    """How far a run is, from what its driver said: step, loss, newest commit, restarts, phase, how it ended."""
+    progress: dict[str, Any] = {
+        "step": 0,
+        "total_steps": None,
+        "loss": None,
+        "committed": None,
+        "restarts": 0,
+        "doing": "",
+        "ended_with": "",
+    }
+    for event in load_events(client, job):
+        kind = event["event"]
+        if kind in ("phase", "waiting"):
+            progress["doing"] = event["name"] if kind == "phase" else event["text"]
+        elif kind == "start":
+            progress |= {"total_steps": event["total_steps"], "doing": "training"}
+        elif kind == "step":
+            progress |= {"step": event["step"], "loss": event["loss"], "total_steps": event["total_steps"], "doing": "training"}
+        elif kind == "checkpoint":
+            progress["committed"] = event["step"]
+        elif kind == "restart":
+            progress["restarts"] += 1
+        elif kind == "result" and event["exit_code"]:
+            progress["ended_with"] = event["message"]
+    return progress
