@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
+
 from conftest import TOKEN
 
 
