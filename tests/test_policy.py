@@ -117,7 +117,7 @@ def test_a_broken_link_is_told_from_an_error(message: str, kind: str) -> None:
 
 def test_a_named_error_is_never_a_broken_link() -> None:
     assert name_kind(DataError("connection reset by the disk")) == "error"
-    assert name_kind(ClusterError("connection refused")) == "error"
+    assert name_kind(ClusterError("rank 2 on node3 did not come to the group")) == "network"
 
 
 def test_patience_follows_the_steps() -> None:

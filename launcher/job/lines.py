@@ -16,7 +16,7 @@ _NOISE = re.compile(
     "|".join(
         (
             r"\[W\d{3,4} [\d:.]+ .*\.cpp:\d+\]",  # torch's C++ warnings: sockets, IPv6, ProcessGroup teardown
-            r"\[rank\d+\]:\[W",
+            r"\[rank\d+\]:\[[WE]\d",
             r"\[Gloo\] Rank",
             r"\[[\d-]+ [\d:,.]+\] \[(INFO|WARNING|DEBUG)\]",  # DeepSpeed's logger
             r"\((raylet|autoscaler|pid=|Worker pid=|bundle_reservation)",

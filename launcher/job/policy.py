@@ -17,6 +17,7 @@ from launcher.errors import (
     BudgetError,
     CapacityTimeout,
     CheckpointError,
+    ClusterError,
     DataError,
     Interrupted,
     LauncherError,
@@ -152,9 +153,9 @@ def find_cause(failures: Sequence[Failure]) -> Failure:
 
 
 def name_kind(error: LauncherError) -> Kind:
-    """Whether a worker's error only tells that another one is gone."""
+    """Whether a worker's error only tells that another one is gone, or did not come."""
     text = error.message.lower()
-    broken = type(error) is TrainingError and any(sign in text for sign in BROKEN_LINKS)
+    broken = isinstance(error, ClusterError) or (type(error) is TrainingError and any(sign in text for sign in BROKEN_LINKS))
     return "network" if broken else "error"
 
 

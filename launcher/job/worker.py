@@ -98,7 +98,7 @@ class Worker:
             local_rank = self.rank % plan.layout.workers_per_node
             store = self._open_store(plan, address)
             check_in(store, self.rank, hosts)
-            me = side.Rank(rank=self.rank, local_rank=local_rank, world_size=plan.layout.world_size, store=store)
+            me = side.Rank(rank=self.rank, local_rank=local_rank, world_size=plan.layout.world_size, store=store, hosts=hosts)
             side.run_rank(plan, me, show=self.events.append, stop_asked=self.stop.is_set)
         except BaseException:
             traceback.print_exc()
