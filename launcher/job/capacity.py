@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -155,10 +156,24 @@ def holding_nodes(ray: Any, need: Need, timeout_s: float) -> Iterator[list[dict[
             )
         yield [
             {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
-            for index in range(need.nodes)
+            for index in _order_bundles(ray, group)
         ]
     finally:
         remove_placement_group(group)
+
+
+def _order_bundles(ray: Any, group: Any) -> list[int]:
+    """The group's bundles in the order of their nodes' names: rank 0 is where one looks for it, and stays there."""
+    from ray.util.placement_group import placement_group_table
+
+    hosts = {node["NodeID"]: (natural_order(node["NodeManagerHostname"]), node["NodeID"]) for node in ray.nodes()}
+    nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    return sorted(nodes, key=lambda index: hosts[nodes[index]])
+
+
+def natural_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts node2 before node10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
 
 
 def describe_places(hosts: Sequence[str]) -> str:

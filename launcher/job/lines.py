@@ -31,6 +31,7 @@ _NOISE = re.compile(
             r"(wandb|mlflow): ",
             r".*oneDNN|.*TF-TRT|.*computation_placer",
             r"The tied weights mapping|`torch_dtype` is deprecated|Setting `pad_token_id`",
+            r"Failed to load CPU gemm_4bit_forward|bitsandbytes library load error",
             r"A new version of the following files was downloaded",
         )
     )

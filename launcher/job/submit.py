@@ -133,7 +133,9 @@ def submit(client: JobSubmissionClient, order: Order, given: str, recipe_dir: Pa
 
 
 def _quiet_ray() -> None:
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    """Ray's client tells of every upload and every closed socket, at a level that its modules set for themselves."""
+    for name in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def follow(client: JobSubmissionClient, submission_id: str, show: Callable[[Event], None]) -> LauncherError | None:

@@ -10,15 +10,17 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from hosts import Host, Network, why_not
+from runs import TOKEN
 
 RAY_PORT, JOBS_PORT = 6379, 8265
-TOKEN = "a-token-that-only-the-tests-know-0123456789"
+
 QUICK_TO_NOTICE = {
     # Ray's defaults give a silent host half a minute and more; the tests need not wait as long.
     "RAY_health_check_initial_delay_ms": "2000",
@@ -34,6 +36,7 @@ class RayHosts:
     """Hosts on a network with a Ray on them; the first is the head."""
 
     network: Network
+    environment: dict[str, str]
     head: Host
     workers: list[Host]
 
@@ -52,9 +55,9 @@ class RayHosts:
     def start_worker(self, host: Host, *options: str) -> None:
         host.run("ray", "start", f"--address={self.head.address}:{RAY_PORT}", *node_options(host), *options)
 
-    def switch_on(self, number: int) -> Host:
+    def switch_on(self, number: int, **environment: str) -> Host:
         """A host that was killed, back with a new Ray on it."""
-        host = self.network.add(number, **self.head.environment)
+        host = self.network.add(number, **{**self.environment, **environment})
         self.workers = [other for other in self.workers if other.name != host.name] + [host]
         self.start_worker(host)
         return host
@@ -65,14 +68,34 @@ class RayHosts:
             assert time.monotonic() < deadline, f"{alive} nodes after {within_s} s, and {count} were expected"
             time.sleep(0.5)
 
+    def restart(self) -> None:
+        """All hosts lose power, and come back with a Ray that remembers nothing."""
+        for host in self.network.hosts:
+            host.kill()
+        self.head, *self.workers = [self.network.add(number, **self.environment) for number in (1, 2, 3, 4)]
+        self.start()
+
+    def start(self) -> None:
+        self.start_head()
+        for host in self.workers:
+            self.start_worker(host)
+        self.wait_for_nodes(4)
+
+    def node_id(self, host: Host) -> str:
+        return next(str(node["raylet"]["nodeId"]) for node in self.load_nodes() if node["raylet"]["nodeManagerAddress"] == host.address)
+
     def count_nodes(self) -> int:
+        return len(self.load_nodes())
+
+    def load_nodes(self) -> list[dict[str, Any]]:
+        """The living nodes, as the head's dashboard tells; none while it does not answer."""
         request = urllib.request.Request(f"{self.address}/nodes?view=summary", headers={"Authorization": f"Bearer {TOKEN}"})
         try:
             with urllib.request.urlopen(request, timeout=5) as answer:
                 summary = json.load(answer)["data"]["summary"]
         except OSError:
-            return 0
-        return sum(node["raylet"]["state"] == "ALIVE" for node in summary)
+            return []
+        return [node for node in summary if node["raylet"]["state"] == "ALIVE"]
 
 
 def node_options(host: Host, cpus: int = 1) -> list[str]:
@@ -91,11 +114,8 @@ def ray_hosts(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[
     try:
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, **QUICK_TO_NOTICE}
         head, *workers = [network.add(number, **environment) for number in (1, 2, 3, 4)]
-        cluster = RayHosts(network, head, workers)
-        cluster.start_head()
-        for host in workers:
-            cluster.start_worker(host)
-        cluster.wait_for_nodes(4)
+        cluster = RayHosts(network, environment, head, workers)
+        cluster.start()
         yield cluster
     finally:
         network.close()

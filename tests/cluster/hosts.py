@@ -18,6 +18,8 @@ from pathlib import Path
 STORAGE = "/mnt/storage"
 """Where every host mounts the shared storage. The machine that the tests run on has nothing there."""
 TMP, HOME = "/mnt/tmp", "/mnt/home"
+DISK = "/mnt/disk"
+"""A small disk that all hosts share too: tests change its size and fill it."""
 BIN = str(Path(sys.executable).parent)
 
 
@@ -109,6 +111,9 @@ class Network:
 
     def __init__(self, files: Path, storage: Path) -> None:
         self.files, self.storage, self.hosts = files, storage, list[Host]()
+        self.disk = files / "disk"
+        self.disk.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(self.disk)], check=True)
         self.prefix = _free_prefix()
         self.keeper, self.pid = _start_keeper("--net", then="ip link add br0 type bridge; ip link set br0 up; ip link set lo up")
         self.uplink = f"lp{os.getpid() % 100000}"
@@ -133,7 +138,8 @@ class Network:
             "mount --make-rprivate /",
             f"hostname {name}",
             "mount -t tmpfs tmpfs /mnt",
-            f"mkdir {STORAGE} {TMP} {HOME}",
+            f"mkdir {STORAGE} {DISK} {TMP} {HOME}",
+            f"mount --bind {self.disk} {DISK}",
             f"mount --bind {self.storage} {STORAGE}",
             f"mount --bind {files}/tmp {TMP}",
             f"mount --bind {files}/home {HOME}",
@@ -157,6 +163,7 @@ class Network:
             host.kill()
         self.keeper.kill()
         self.keeper.wait()
+        subprocess.run(["umount", "-l", str(self.disk)], check=False)
 
 
 def _free_prefix() -> str:
