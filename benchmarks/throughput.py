@@ -135,6 +135,8 @@ def run_trainer(
 
     micro_batches = [micro for batch in batches for micro in batch.micro_batches]
     cuda = plan.layout.accelerator == "cuda"
+    # Before the arguments, which tell transformers of ZeRO-3: a quantised model cannot be loaded sharded.
+    model = apply_method(load_base(plan, device_of(plan)), plan)
     arguments = arguments_class(
         output_dir=plan.run_dir, use_cpu=not cuda, bf16=plan.layout.dtype == "bf16", max_steps=len(batches), per_device_train_batch_size=1,
         gradient_accumulation_steps=plan.batch.gradient_accumulation_steps, max_grad_norm=plan.recipe.optim.max_grad_norm,
@@ -151,7 +153,6 @@ def run_trainer(
         def get_train_dataloader(self) -> Any:
             return torch.utils.data.DataLoader(micro_batches, batch_size=None)
 
-    model = apply_method(load_base(plan, device_of(plan)), plan)
     rows = Dataset.from_list([{name: tensor[0].tolist() for name, tensor in micro.items()} for micro in micro_batches])
     trainer = InOrder(model=model, args=arguments, train_dataset=rows, processing_class=load_tokenizer(plan), callbacks=[Clock()])
     trainer.train()
@@ -176,7 +177,8 @@ def run_all(rounds: int, steps: int, only: list[str], out: Path) -> None:
                     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
                     if done.returncode:
                         print(done.stderr[-3000:], file=sys.stderr)
-                        found[config][system].append({"error": done.stderr.strip().splitlines()[-1][:300]})
+                        said = [line for line in done.stderr.splitlines() if "Error" in line]
+                        found[config][system].append({"error": (said or ["it failed"])[-1][:300]})
                         continue
                     found[config][system].append(json.loads(result.read_text()))
                     print(f"round {round_number + 1}  {config:12} {system:5} {found[config][system][-1]['tokens_per_s']:8.1f} tokens/s  "
