@@ -142,8 +142,8 @@ def wait_for_nodes(
 
 
 @contextmanager
-def holding_nodes(ray: Any, need: Need, timeout_s: float) -> Iterator[list[dict[str, Any]]]:
-    """Inside, a placement group holds one bundle on each of the nodes; gives the options that put an actor in each bundle."""
+def holding_nodes(ray: Any, need: Need, timeout_s: float) -> Iterator[dict[str, dict[str, Any]]]:
+    """Inside, a placement group holds one bundle on each of the nodes; gives, by node, the options that put an actor there."""
     from ray.util.placement_group import placement_group, remove_placement_group
     from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -154,21 +154,21 @@ def holding_nodes(ray: Any, need: Need, timeout_s: float) -> Iterator[list[dict[
             raise CapacityTimeout(
                 f"the nodes were there, and Ray gave no {need.nodes} of them within {timeout_s:.0f} s", "see `ray status` on the head"
             )
-        yield [
-            {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
-            for index in _order_bundles(ray, group)
-        ]
+        yield {
+            node: {"scheduling_strategy": PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)}
+            for node, index in _order_bundles(ray, group)
+        }
     finally:
         remove_placement_group(group)
 
 
-def _order_bundles(ray: Any, group: Any) -> list[int]:
-    """The group's bundles in the order of their nodes' names: rank 0 is where one looks for it, and stays there."""
+def _order_bundles(ray: Any, group: Any) -> list[tuple[str, int]]:
+    """The group's nodes and bundles in the order of the nodes' names: rank 0 is where one looks for it, and stays there."""
     from ray.util.placement_group import placement_group_table
 
-    hosts = {node["NodeID"]: (natural_order(node["NodeManagerHostname"]), node["NodeID"]) for node in ray.nodes()}
+    names = {node["NodeID"]: natural_order(node["NodeManagerHostname"]) for node in ray.nodes()}
     nodes: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
-    return sorted(nodes, key=lambda index: hosts[nodes[index]])
+    return sorted(((node, index) for index, node in nodes.items()), key=lambda held: (names.get(held[0], []), held))
 
 
 def natural_order(name: str) -> list[tuple[int, str]]:

@@ -15,13 +15,14 @@ import signal
 import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from launcher.errors import Fault, LauncherError, RecipeError, Stopped
 from launcher.job.capacity import describe_places, find_fitting, holding_nodes, load_nodes, make_need, wait_for_nodes
-from launcher.job.group import Group, GroupFailed, end_workers, naming_losses, run_group, start_workers
+from launcher.job.group import Group, GroupFailed, end_workers, naming_losses, run_group, start_spares, start_workers
 from launcher.job.lines import Merger, format_origin
 from launcher.job.messages import Speaker, make_result
 from launcher.job.package import GIVEN, Order, load_order, load_secrets
@@ -38,13 +39,14 @@ LOOK_S = 2.0
 GROW_AFTER_S = 15.0
 """How long more nodes must have been there before a smaller run is restarted on them."""
 PLACE_TIMEOUT_S = 60.0
+SPARE_AFTER_S = 15.0
+"""A group that has stepped for so long gets spares; a shorter run would only be slowed by them."""
 
 
 def main() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     order, secrets = load_order(Path.cwd()), load_secrets(Path.cwd())
     speaker, wish = Speaker(), StopWish(order.run)
-    signal.signal(signal.SIGTERM, wish.note_signal)
     try:
         plan = order.make_plan()
         speaker.say({"event": "plan", "plan": plan.to_dict()})
@@ -67,6 +69,7 @@ def _run(order: Order, plan: Plan, secrets: dict[str, str], speaker: Speaker, wi
     secrets = {**{name: os.environ[name] for name in plan.cluster.ray.secrets if name in os.environ}, **secrets}
     speaker.say({"event": "phase", "name": "joining the cluster"})
     ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
+    signal.signal(signal.SIGTERM, wish.note_signal)  # after Ray, which puts its own handlers there
     try:
         Supervisor(ray, plan, folder, secrets, speaker, wish).run()
     except Stopped as error:
@@ -123,17 +126,15 @@ class Supervisor:
         self.failures: list[Failure] = []
         self.committed = 0
         self.merger = Merger()
+        self.spares: list[Any] = []
+        self.held: set[str] = set()
         self.leaving = ""
         self.looked_at = self.roomy_since = 0.0
 
     def run(self) -> None:
         """Raises what ended the run, if it is not done."""
-        while True:
-            try:
-                self._run_once()
-                return
-            except GroupFailed as failed:
-                self._after(dataclasses.replace(failed.failure, committed=self.committed))
+        while not self._run_placed():
+            self.speaker.say({"event": "phase", "name": "looking for nodes"})
 
     def _after(self, failure: Failure) -> None:
         """Return to try again; raises what the run ends with."""
@@ -154,33 +155,46 @@ class Supervisor:
             self._check_wish()
             time.sleep(0.5)
 
-    def _run_once(self) -> None:
-        """Place a group on the nodes there are, look at them, train."""
+    def _run_placed(self) -> bool:
+        """Place groups on the nodes there are, one after the other; whether the run is done. False to look for nodes again."""
         options = self.plan.cluster.ray
         smallest = dataclasses.replace(make_need(self.plan), nodes=self.sizes[0])
         size = wait_for_nodes(self.ray, smallest, self.sizes, options.capacity_timeout_s, self._tell_waiting, self._check_wish)
         plan = resize(self.plan, size)
-        need = make_need(plan)
-        with holding_nodes(self.ray, need, PLACE_TIMEOUT_S) as bundles:
-            seats = [bundle for bundle in bundles for _ in range(plan.layout.workers_per_node)]
-            self.speaker.say({"event": "phase", "name": "starting workers"})
-            group = start_workers(self.ray, plan, seats, self.secrets)
+        with holding_nodes(self.ray, make_need(plan), PLACE_TIMEOUT_S) as bundles:
+            seats = [options for options in bundles.values() for _ in range(plan.layout.workers_per_node)]
+            self.held = set(bundles)
             try:
-                self.speaker.say({"event": "note", "text": f"workers: {describe_places(group.hosts)}"})
-                self.leaving, self.roomy_since = "", 0.0
-                with naming_losses(group):
-                    self._look_at_nodes(plan, group)
-                plan.save(self.folder.plan)
-                run_group(
-                    self.ray,
-                    group,
-                    plan,
-                    self._show,
-                    lambda rank, news: self._hear(group, rank, news),
-                    lambda group: self._watch(group, size),
-                )
+                while True:
+                    try:
+                        self._run_group(plan, seats)
+                        return True
+                    except GroupFailed as failed:
+                        self._after(dataclasses.replace(failed.failure, committed=self.committed))
+                        if self.leaving or not self._nodes_are_there():
+                            return False
             finally:
-                end_workers(self.ray, group.workers)
+                end_workers(self.ray, self.spares)
+                self.spares = []
+
+    def _run_group(self, plan: Plan, seats: list[dict[str, Any]]) -> None:
+        """One group, from its start to its end, on nodes that are held."""
+        self.speaker.say({"event": "phase", "name": "starting workers"})
+        spares, self.spares = self.spares, []
+        group = start_workers(self.ray, plan, seats, self.secrets, spares, self._nodes_are_there)
+        self.leaving, self.roomy_since = "", 0.0
+        try:
+            self.speaker.say({"event": "note", "text": f"workers: {describe_places(group.hosts)}"})
+            with naming_losses(group):
+                self._look_at_nodes(plan, group)
+            plan.save(self.folder.plan)
+            run_group(self.ray, group, plan, self._show, partial(self._hear, group), partial(self._watch, plan, seats))
+        finally:
+            end_workers(self.ray, group.workers)
+
+    def _nodes_are_there(self) -> bool:
+        """Whether every node that is held for the run still lives."""
+        return self.held <= {node.node for node in load_nodes(self.ray) if not node.draining}
 
     def _look_at_nodes(self, plan: Plan, group: Group) -> None:
         """Preflight: every node answers for itself before anything trains on it."""
@@ -220,13 +234,15 @@ class Supervisor:
             text = "\n".join(news.noise)
             self.speaker.say({"event": "log", "origin": format_origin((rank,), hosts), "ranks": (rank,), "text": text, "quiet": True})
 
-    def _watch(self, group: Group, size: int) -> None:
+    def _watch(self, plan: Plan, seats: list[dict[str, Any]], group: Group) -> None:
         """At each turn while a group trains: does somebody, or the cluster, want it to save and end?"""
         now = time.monotonic()
+        if plan.cluster.ray.spare_workers and not self.spares and group.stepping_since and now - group.stepping_since > SPARE_AFTER_S:
+            self.spares = start_spares(self.ray, plan, seats, self.secrets, group)
         if now - self.looked_at >= LOOK_S:
             self.looked_at = now
             self.wish.look()
-            self._look_at_cluster(group, size, now)
+            self._look_at_cluster(group, plan.layout.nodes, now)
         if self.wish.asked_at is not None:
             self._leave(group, "asked to stop")
             grace_s = self.plan.cluster.ray.stop_grace_s if self.wish.grace_s is None else self.wish.grace_s

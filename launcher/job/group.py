@@ -6,7 +6,7 @@ Here things are done; what follows a failure is decided in policy.py.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -45,6 +45,7 @@ class Group:
     stepping: bool = False
     step_times_s: list[float] = field(default_factory=list)
     moved_at: float = field(default_factory=time.monotonic)
+    stepping_since: float | None = None
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -56,6 +57,7 @@ class Group:
         self.stepping = event["event"] == "step" or (self.stepping and event["event"] != "phase")
         if event["event"] == "step":
             self.step = event["step"]
+            self.stepping_since = self.stepping_since or self.moved_at
             self.step_times_s = [*self.step_times_s[-50:], event["step_s"]]
 
 
@@ -63,20 +65,51 @@ Watch = Callable[[Group], None]
 """Called at each turn of the loop; raises to end the group."""
 
 
-def start_workers(ray: Any, plan: Plan, seats: list[dict[str, Any]], secrets: dict[str, str]) -> Group:
-    """An actor a rank; `seats` holds Ray's options that say where each goes. Raises ClusterError where one does not start."""
+def start_workers(
+    ray: Any,
+    plan: Plan,
+    seats: list[dict[str, Any]],
+    secrets: dict[str, str],
+    spares: Sequence[Any] = (),
+    still_there: Callable[[], bool] = lambda: True,
+) -> Group:
+    """An actor a rank; `seats` holds Ray's options that say where each goes. `spares`, if there are any, take over instead.
+
+    Raises GroupFailed where one is lost, or `still_there` says that its node is; ClusterError where one does not start.
+    """
     actor = ray.remote(**worker_options(plan))(Worker)
-    workers = [actor.options(**seat).remote(rank, secrets) for rank, seat in enumerate(seats)]
+    workers = list(spares) or [actor.options(**seat).remote(rank, secrets) for rank, seat in enumerate(seats)]
+    group, deadline = Group(workers, []), time.monotonic() + START_TIMEOUT_S
+    waiting = asked = [worker.locate.remote() for worker in workers]
     try:
-        return Group(workers, ray.get([worker.locate.remote() for worker in workers], timeout=START_TIMEOUT_S))
-    except ray.exceptions.GetTimeoutError:
+        while waiting:
+            _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1.0)
+            if waiting and not still_there():
+                error = TrainingError("a node was lost before its worker started", "see that the node is up and `ray start` runs on it")
+                raise GroupFailed(Failure(error=error, kind="node lost"))
+            if waiting and time.monotonic() > deadline:
+                raise ClusterError(
+                    f"{len(waiting)} of {len(workers)} workers did not start within {START_TIMEOUT_S:.0f} s",
+                    "lepton-launch doctor, run there, says what a machine lacks",
+                )
+        with naming_losses(group):
+            group.places = ray.get(asked)
+        return group
+    except BaseException:
         end_workers(ray, workers)
-        raise ClusterError(
-            f"no worker started within {START_TIMEOUT_S:.0f} s", "lepton-launch doctor says what this machine lacks"
-        ) from None
-    except ray.exceptions.RayError as error:
-        end_workers(ray, workers)
-        raise GroupFailed(_failure_of_ray_error(error, None, Group(workers, []))) from None
+        raise
+
+
+def start_spares(ray: Any, plan: Plan, seats: list[dict[str, Any]], secrets: dict[str, str], group: Group) -> list[Any]:
+    """A second actor a rank, on the same node and devices, that has imported what training needs and waits.
+
+    It takes none of Ray's resources and, until it trains, no memory of a device.
+    """
+    actor = ray.remote(**{**worker_options(plan), "num_cpus": 0, "num_gpus": 0})(Worker)
+    spares = [actor.options(**seat).remote(rank, secrets) for rank, seat in enumerate(seats)]
+    for spare, place in zip(spares, group.places, strict=True):
+        spare.warm_up.remote(plan, place.devices)
+    return spares
 
 
 @contextmanager

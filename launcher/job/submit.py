@@ -26,10 +26,13 @@ from launcher.run import Event
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
-DRIVER = "python -m launcher.job.driver"
-TELL = "python -m launcher.job.tell"
+DRIVER = "exec python -m launcher.job.driver"
+"""exec: without it the driver is the child of a shell, which dies first when the job is stopped; in a container whose
+first process reaps no orphans, Ray would then wait for a driver that has long ended.
+"""
+TELL = "exec python -m launcher.job.tell"
 PREFIX = "lepton-"
-STOP_WAIT_S = 7 * 24 * 3600
+STOP_WAIT_S = 6 * 3600
 """How long Ray leaves a driver that it told to stop: the driver keeps its own time (ray.stop_grace_s, stop --grace)."""
 RECONNECT_S = 1.0
 GIVE_UP_S = 90.0

@@ -24,18 +24,20 @@ from launcher.run import Event, RunFolder
 
 TRAINING_SIDE = "launcher.train.worker"
 STORE_TIMEOUT = timedelta(minutes=5)
+VISIBLE = "CUDA_VISIBLE_DEVICES"
 MEETING_TIMEOUT_S = 120.0
 """How long ranks that are ready wait at the store for the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a worker is: Ray's name for the node, the host's own name, the address Ray knows it by, the pid there."""
+    """Where a worker is: Ray's name for the node, the host's own name, the address Ray knows it by, the pid there, its GPUs."""
 
     node: str
     host: str
     address: str
     pid: int
+    devices: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,7 @@ class Worker:
         import ray
 
         context = ray.get_runtime_context()
-        return Place(context.get_node_id(), platform.node(), ray.util.get_node_ip_address(), os.getpid())
+        return Place(context.get_node_id(), platform.node(), ray.util.get_node_ip_address(), os.getpid(), os.environ.get(VISIBLE))
 
     def report(self, plan: Plan, nonce: str) -> NodeReport:
         """What this worker's node says about itself before training."""
@@ -85,8 +87,11 @@ class Worker:
         host, port = self.listener.getsockname()[:2]
         return host, port
 
-    def warm_up(self) -> None:
-        """Import what training needs, so that a later `train` begins at once."""
+    def warm_up(self, plan: Plan, devices: str | None) -> None:
+        """Import what training needs, so that a later `train` begins at once, on these GPUs: those of the worker it stands by for."""
+        if devices is not None:
+            os.environ[VISIBLE] = devices
+        os.environ |= {"OMP_NUM_THREADS": str(plan.layout.threads_per_worker), "DS_ACCELERATOR": plan.layout.accelerator}
         importlib.import_module(TRAINING_SIDE)
 
     def train(self, plan: Plan, address: tuple[str, int], hosts: tuple[str, ...]) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,9 @@ def node_options(host: Host, cpus: int = 1) -> list[str]:
     return [f"--node-ip-address={host.address}", f"--num-cpus={cpus}", "--object-store-memory=80000000", "--disable-usage-stats"]
 
 
-@pytest.fixture(scope="session")
-def ray_hosts(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[RayHosts]:
+@contextmanager
+def open_cluster(folder: Path, tiny: Path) -> Iterator[RayHosts]:
     """Four hosts, one CPU each, a Ray that wants a token, storage with the tiny model and data on it."""
-    if reason := why_not():
-        pytest.skip(reason)
-    folder = tmp_path_factory.mktemp("hosts")
     storage = folder / "storage"
     shutil.copytree(tiny, storage / "tiny")
     network = Network(folder, storage)
@@ -119,3 +117,11 @@ def ray_hosts(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[
         yield cluster
     finally:
         network.close()
+
+
+@pytest.fixture(scope="session")
+def ray_hosts(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> Iterator[RayHosts]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with open_cluster(tmp_path_factory.mktemp("hosts"), tiny) as cluster:
+        yield cluster

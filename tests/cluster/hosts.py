@@ -93,7 +93,7 @@ class Host:
 
 def _start_keeper(*namespaces: str, then: str = "") -> tuple[subprocess.Popen[bytes], int]:
     """A process that holds namespaces open and dies with this one; its own pid, and that of the first one inside."""
-    ready = "echo ready; exec sleep infinity"
+    ready = "echo ready; while :; do sleep 1000 & wait; done"  # bash: the first process of a host reaps orphans
     keeper = subprocess.Popen(
         ["setpriv", "--pdeathsig", "KILL", "unshare", "--fork", "--kill-child", *namespaces, "bash", "-c", f"set -e; {then}\n{ready}"],
         stdout=subprocess.PIPE,
