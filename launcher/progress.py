@@ -173,7 +173,8 @@ def _describe_data(event: Event) -> str:
 def _describe_start(event: Event) -> str:
     share = event["trainable_params"] / max(1, event["num_params"])
     parameters = f"{format_count(event['trainable_params'])} of {format_count(event['num_params'])} parameters ({share:.2%})"
-    return f"training: {event['total_steps']} steps on {event['world_size']} rank{'s' if event['world_size'] != 1 else ''}, {parameters}"
+    line = f"training: {event['total_steps']} steps on {event['world_size']} rank{'s' if event['world_size'] != 1 else ''}, {parameters}"
+    return f"{line}\ngoing on after step {event['step']}, from {event['from']}" if event.get("step") else line
 
 
 def _describe_eval(event: Event) -> str:
@@ -204,6 +205,10 @@ _DESCRIBE: dict[str, Callable[[Event], str]] = {
         f"stopped early at step {event['step']}: best held-out loss {format_loss(event['best_loss'])} at step {event['best_step']}"
     ),
     "saved": lambda event: f"saved {event['path']}",
+    "checkpoint": lambda event: (
+        f"checkpoint of step {event['step']}: {format_bytes(event['bytes'])} written in {event['write_s']:.1f} s, training waited {event['stall_s']:.2f} s"
+    ),
+    "checkpoint_failed": lambda event: f"NO CHECKPOINT of step {event['step']}: {event['why']}; training goes on",
     "end": lambda event: f"trained {event['steps']} steps in {format_duration(event['train_s'])}",
     "note": lambda event: str(event["text"]),
     "waiting": lambda event: f"waiting for nodes: {event['text']} ({format_duration(event['left_s'])} left)",

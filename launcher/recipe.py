@@ -218,6 +218,28 @@ class Memory(Spec):
     """Recompute activations in the backward pass (non-reentrant) instead of keeping them."""
 
 
+class Save(Spec):
+    """When checkpoints are saved, where, and how many are kept. The last step is always saved, and a run that is stopped saves first."""
+
+    every_steps: PositiveInt | None = None
+    """Save every so many optimizer steps."""
+    every_minutes: PositiveFloat | None = 10.0
+    """Save when so many minutes have passed since the last save; null turns the clock off."""
+    keep: PositiveInt = 2
+    """How many checkpoints stay, the newest ones; older ones are deleted once a newer one is whole."""
+    keep_best: bool = False
+    """Also save whenever an evaluation is the best so far, and keep that checkpoint however old it gets."""
+    storage: str | None = None
+    """A folder that all machines see, or a URL (s3://, gs://), for the checkpoints of all runs; unless told, they lie in the run's folder."""
+
+    @field_validator("storage")
+    @classmethod
+    def _no_secrets(cls, value: str | None) -> str | None:
+        if value and "://" in value and "@" in value.split("://", 1)[1].split("/", 1)[0]:
+            raise ValueError("a URL with a name or a key in it would be written beside the run; set AWS_ACCESS_KEY_ID and its like instead")
+        return value
+
+
 class EarlyStopping(Spec):
     """Stop when the held-out loss no longer falls."""
 
@@ -269,6 +291,7 @@ class Recipe(Spec):
     parallel: Parallel = Parallel()
     memory: Memory = Memory()
     evaluate: Evaluate = Evaluate()
+    save: Save = Save()
     track: Track = Track()
     output_dir: str = "runs"
     """Where run folders are made."""
@@ -381,6 +404,11 @@ def _check_evaluate(evaluate: Evaluate) -> Iterator[Conflict]:
         yield f"evaluate.{key}", "needs evaluations during the run", "set evaluate.every_steps"
 
 
+def _check_save(save: Save, evaluate: Evaluate) -> Iterator[Conflict]:
+    if save.keep_best and evaluate.every_steps is None:
+        yield "save.keep_best", "needs evaluations during the run", "set evaluate.every_steps"
+
+
 def _check_batch(batch: Batch) -> Iterator[Conflict]:
     micro = batch.micro_batch_size
     if micro != "auto" and batch.global_batch_size % micro:
@@ -399,6 +427,7 @@ _CHECKS: tuple[Callable[..., Iterator[Conflict]], ...] = (
     _check_schedule,
     _check_held_out,
     _check_evaluate,
+    _check_save,
     _check_batch,
 )
 

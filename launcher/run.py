@@ -6,20 +6,23 @@ RUN/
   model/             the adapter or the model, in the PEFT or transformers layout, with its card
   report.md          before and after, with loss.png   logs/          one file a rank
   trackers/          TensorBoard and the like
+  checkpoints/       what a killed run goes on from, unless the recipe keeps them elsewhere (save.storage)
 """
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from launcher.errors import DataError, Fault, RecipeError
+from launcher.errors import CheckpointError, DataError, Fault, RecipeError
 
 State = Literal["running", "finished", "failed", "stopped"]
 Event = dict[str, Any]
@@ -72,10 +75,10 @@ def next_run_path(output_dir: Path, name: str) -> Path:
     return output_dir.absolute() / next(n for n in names if n not in taken)
 
 
-def make_run_folder(output_dir: Path, name: str) -> RunFolder:
-    """A new folder at `next_run_path`. Raises RecipeError where none can be made."""
+def make_run_folder(output_dir: Path, name: str, wanted: Path | None = None) -> RunFolder:
+    """A new folder at `wanted`, or at `next_run_path` where that is taken. Raises RecipeError where none can be made."""
     while True:
-        path = next_run_path(output_dir, name)
+        path = wanted if wanted is not None and not wanted.exists() else next_run_path(output_dir, name)
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             path.mkdir()
@@ -91,6 +94,38 @@ def make_run_folder(output_dir: Path, name: str) -> RunFolder:
 def _no_folder(output_dir: Path, error: OSError) -> RecipeError:
     problem = f"no folder can be made in {output_dir.absolute()}: {error.strerror}"
     return RecipeError([Fault("plan", "output_dir", problem, "set output_dir to a folder that can be written")])
+
+
+@contextmanager
+def hold_run(folder: RunFolder) -> Iterator[None]:
+    """Inside, no second command on this machine works in the folder; the kernel lets go when the process ends, however it ends.
+
+    Raises CheckpointError where another holds it.
+    """
+    handle = os.open(folder.path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            facts = read_status(folder)
+            who = f"process {facts['pid']} on {facts['host']}" if "pid" in facts else "another process"
+            raise CheckpointError(
+                f"{folder.path} is at work: {who} runs it", "wait for it or stop it; --fresh starts another beside it"
+            ) from None
+        except OSError:
+            pass  # a file system without locks; the lease on the checkpoints stands
+        yield
+    finally:
+        os.close(handle)
+
+
+def read_status(folder: RunFolder) -> dict[str, Any]:
+    """What status.json says; empty where there is none."""
+    try:
+        facts = json.loads(folder.status.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
 
 
 def find_run(name_or_path: str, output_dir: str = "runs") -> RunFolder:

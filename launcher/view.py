@@ -232,7 +232,7 @@ def print_jobs(jobs: list[Job], stream: TextIO) -> None:
     for name in ("run", "state", "started", "took", "folder"):
         table.add_column(name, overflow="fold")
     for job in jobs:
-        table.add_row(job.run, job.state.lower(), _format_time(job.started), _format_span(job), job.run_dir)
+        table.add_row(job.run, job.state.lower(), _format_time(job.started), _format_span(job), job.folder)
     make_console(stream).print(table)
 
 
@@ -246,7 +246,7 @@ def print_status(job: Job, progress: dict[str, Any], stream: TextIO) -> None:
         ("committed", "nothing yet" if progress["committed"] is None else f"step {progress['committed']}"),
         ("restarts", str(progress["restarts"])),
         ("started", f"{_format_time(job.started)}, {_format_span(job)} ago" if not job.is_over else f"{_format_time(job.started)}, took {_format_span(job)}"),
-        ("folder", job.run_dir),
+        ("folder", progress["folder"]),
         ("ended with", progress["ended_with"]),
     ]  # fmt: skip
     for label, text in lines:

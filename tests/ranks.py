@@ -78,15 +78,39 @@ def _serve(pipe: Connection, meeting: str, rank: int, size: int) -> None:
     deepspeed.comm.destroy_process_group()
 
 
-def fine_tune(me: Any, plan: Any) -> list[Event]:
-    """Job: the whole training side of a plan; the events of rank 0, an empty list from the others."""
+def fine_tune(me: Any, plan: Any, stop_after: int | None = None) -> list[Event]:
+    """Job: the whole training side of a plan, or as far as step `stop_after`, where it is asked to stop.
+
+    Gives the events of rank 0, an empty list from the others.
+    """
     from pathlib import Path
 
+    from launcher.checkpoint.storage import open_storage
+    from launcher.errors import Stopped
     from launcher.run import RunFolder
     from launcher.train.worker import fine_tune as run
 
     events: list[Event] = []
-    run(plan, me, RunFolder(Path(plan.run_dir)), events.append if me.rank == 0 else _drop, lambda: False)
+    asked = 0
+
+    def stop_asked() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == stop_after
+
+    try:
+        run(
+            plan,
+            me,
+            RunFolder(Path(plan.run_dir)),
+            events.append if me.rank == 0 else _drop,
+            stop_asked,
+            open_storage(plan.checkpoints),
+            None,
+        )
+    except Stopped:
+        if stop_after is None:
+            raise
     return events
 
 

@@ -17,7 +17,7 @@ data:
   train: train.jsonl
 """
 """Four lines; what a test adds begins at line 5."""
-SECTIONS = "batch, data, evaluate, memory, method, model, name, optim, output_dir, parallel, schedule, seed, track"
+SECTIONS = "batch, data, evaluate, memory, method, model, name, optim, output_dir, parallel, save, schedule, seed, track"
 OPTIM_KEYS = "betas, eps, lr, max_grad_norm, momentum, name, weight_decay"
 LORA_KEYS = "alpha, dora, dropout, init, kind, r, rslora, target_modules"
 SCALE = "Peak learning rate."

@@ -29,6 +29,7 @@ from launcher.recipe import (
     Parallel,
     QLora,
     Recipe,
+    Save,
     Schedule,
     Source,
     Track,
@@ -216,6 +217,7 @@ TABLES: dict[str, type[Spec]] = {
     "memory": Memory,
     "evaluate": Evaluate,
     "evaluate.early_stopping": EarlyStopping,
+    "save": Save,
     "track": Track,
 }
 

@@ -24,24 +24,22 @@ from launcher.units import GIB, make_seconds
 
 
 def order_of(folder: Path, **facts: Any) -> Order:
-    recipe = make_recipe(folder, **facts)
-    return Order(run="tiny", recipe=recipe.model_dump(mode="json"), cluster=Cluster(nodes=2).model_dump(mode="json"), base_dir="files",
-                 run_dir="/mnt/runs/tiny", plan=None)  # fmt: skip
+    recipe = make_recipe(folder, output_dir="/mnt/runs", **facts)
+    return Order(recipe=recipe.model_dump(mode="json"), cluster=Cluster(nodes=2).model_dump(mode="json"), base_dir="files", plan=None)
 
 
 def test_the_submission_id_is_of_the_recipe_and_the_place_not_of_the_size(tiny: Path) -> None:
-    recipe = make_recipe(tiny)
-    first = make_submission_id(recipe, "/mnt/runs/tiny")
-    assert first == make_submission_id(make_recipe(tiny, output_dir="/elsewhere"), "/mnt/runs/tiny")
+    first = make_submission_id(make_recipe(tiny))
+    assert first == make_submission_id(make_recipe(tiny))
     assert first.startswith("lepton-tiny-")
-    assert first != make_submission_id(make_recipe(tiny, optim={"lr": 1e-5}), "/mnt/runs/tiny")
-    assert first != make_submission_id(recipe, "/other/runs/tiny")
+    assert first != make_submission_id(make_recipe(tiny, optim={"lr": 1e-5}))
+    assert first != make_submission_id(make_recipe(tiny, output_dir="/other/runs"))
 
 
 def test_a_package_holds_the_code_as_it_is_now_and_no_secret_but_in_its_file(tiny: Path, tmp_path: Path) -> None:
     import launcher
 
-    order = order_of(tiny)
+    order = dataclasses.replace(order_of(tiny), fresh=True, allow_changed=("optim.lr",))
     build_package(tmp_path, order, "name: tiny\n", tiny, {"HF_TOKEN": "hf_secret"})
     source = Path(launcher.__file__).parent
     sent = {path.relative_to(tmp_path / "launcher") for path in (tmp_path / "launcher").rglob("*.py")}

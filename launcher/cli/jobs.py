@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
     from launcher.cluster import Cluster
+    from launcher.job.package import GoingOn
     from launcher.job.submit import Job
     from launcher.plan import Plan
     from launcher.recipe import Recipe
@@ -23,23 +24,30 @@ if TYPE_CHECKING:
 
 
 def run_on_cluster(
-    path: Path, changes: tuple[str, ...], cluster: Cluster, workers: int | None, *, dry_run: bool, detach: bool, as_json: bool
+    recipe: Recipe,
+    path: Path,
+    changes: tuple[str, ...],
+    cluster: Cluster,
+    workers: int | None,
+    going_on: GoingOn,
+    *,
+    dry_run: bool,
+    detach: bool,
+    as_json: bool,
 ) -> None:
     """Plan, send and follow a run. Where only the cluster reaches the model or the data, the plan is made there."""
     from launcher.job.client import describe_access, describe_cluster, find_api_url, load_nodes, open_client
     from launcher.job.package import FILES, Order, read_secrets
     from launcher.job.submit import submit
-    from launcher.recipe import load_recipe
     from launcher.view import print_plan
 
     told = sys.stderr if as_json else sys.stdout
-    recipe = load_recipe(path, changes)
     client = open_client(cluster.address)
     url = find_api_url(client)
     access, warning = describe_access(url)
     cluster = describe_cluster(load_nodes(client), cluster.model_copy(update={"address": url}), workers)
-    run_dir = str(Path(choose_storage(recipe, cluster)) / recipe.name)
-    plan = _try_plan(recipe, cluster, str(path.parent.resolve()), run_dir)
+    recipe = recipe.model_copy(update={"output_dir": choose_storage(recipe, cluster)})
+    plan = _try_plan(recipe, cluster, str(path.parent.resolve()))
     if plan:
         if not (dry_run and as_json):
             print_plan(plan, told)
@@ -51,8 +59,8 @@ def run_on_cluster(
     print(f"cluster    {access}", file=told)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)
-    order = Order(run=recipe.name, recipe=recipe.model_dump(mode="json"), cluster=cluster.model_dump(mode="json"), base_dir=FILES,
-                  run_dir=run_dir, plan=plan.to_dict() if plan else None, dry_run=dry_run)  # fmt: skip
+    order = Order(recipe=recipe.model_dump(mode="json"), cluster=cluster.model_dump(mode="json"), base_dir=FILES,
+                  plan=plan.to_dict() if plan else None, dry_run=dry_run, **going_on)  # fmt: skip
     given = "".join(f"#   {line}\n" for line in (str(path.resolve()), *changes))
     text = f"# As it was given to lepton-launch:\n{given}{path.read_text(encoding='utf-8')}"
     job, is_new = submit(client, order, text, path.parent.resolve(), read_secrets(cluster.ray.secrets))
@@ -82,13 +90,13 @@ def choose_storage(recipe: Recipe, cluster: Cluster) -> str:
     )
 
 
-def _try_plan(recipe: Recipe, cluster: Cluster, base_dir: str, run_dir: str) -> Plan | None:
+def _try_plan(recipe: Recipe, cluster: Cluster, base_dir: str) -> Plan | None:
     """The plan, or None where the model or the data are not here: they may be where the cluster is."""
     from launcher.data.check import check_data
     from launcher.plan import make_plan
 
     try:
-        plan = make_plan(recipe, cluster, base_dir=base_dir, run_dir=run_dir)
+        plan = make_plan(recipe, cluster, base_dir=base_dir, run_dir=str(Path(recipe.output_dir) / recipe.name))
         check_data(recipe.data, base_dir, has_chat_template=plan.shape.has_chat_template)
     except (ModelError, DataError):
         return None
@@ -131,7 +139,7 @@ def _follow(client: JobSubmissionClient, job: Job, url: str, told: TextIO, *, as
         if as_json and plans:
             print_json(plans[0].to_dict())
         return
-    summary, folder = make_summary(events), RunFolder(Path(job.run_dir))
+    summary, folder = make_summary(events), RunFolder(Path(plans[0].run_dir if plans else job.folder))
     adapter = bool(plans) and plans[0].recipe.method.kind in ("lora", "qlora")
     print_summary(summary, folder, told, adapter=adapter)
     if as_json:

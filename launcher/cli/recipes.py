@@ -29,10 +29,13 @@ def data(
     as_json: JsonOption = False,
 ) -> None:
     """Show the examples as the model will see them, the tokens that carry loss marked, and how they fill the packs."""
+    from launcher.recipe import load_recipe
     from launcher.train.inspect import inspect_data
     from launcher.view import print_data
 
-    plan = make_checked_plan(locate_named_recipe(recipe), tuple(overrides or ()), choose_cluster(None, None, None, None))
+    path = locate_named_recipe(recipe)
+    loaded = load_recipe(path, tuple(overrides or ()))
+    plan = make_checked_plan(loaded, path, choose_cluster(None, None, None, None), Path(loaded.output_dir) / loaded.name)
     shown = inspect_data(plan, rows)
     if as_json:
         print_json(dataclasses.asdict(shown))

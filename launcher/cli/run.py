@@ -16,7 +16,9 @@ from launcher.errors import BudgetError, ClusterError, Fault, RecipeError
 
 if TYPE_CHECKING:
     from launcher.cluster import Cluster
+    from launcher.job.package import GoingOn
     from launcher.plan import Plan
+    from launcher.recipe import Recipe
     from launcher.run import RunFolder
 
 
@@ -32,6 +34,14 @@ def run(
         int | None, typer.Option("--workers", "--gpus-per-node", min=1, help="Workers a machine; one a GPU unless told, two on CPU.")
     ] = None,
     accelerator: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="What to compute on; a GPU where there is one.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new folder, whatever an unfinished run has saved.")] = False,
+    resume: Annotated[
+        str | None, typer.Option(metavar="PATH", help="A new run that begins with this checkpoint (or a run's newest).", show_default=False)
+    ] = None,
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY", help="Go on although this key of the recipe differs from the checkpoint's.", show_default=False),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     storage: Annotated[str | None, typer.Option(help="A folder that all nodes share, for run folders.", show_default=False)] = None,
     capacity_timeout: Annotated[
@@ -47,27 +57,35 @@ def run(
 ) -> None:
     """Fine-tune what the recipe says; the word run may be left out."""
     from launcher.progress import make_summary
-    from launcher.run import read_events
+    from launcher.recipe import load_recipe
+    from launcher.resuming import choose_run, continue_plan, open_run_folder
+    from launcher.run import hold_run, read_events
     from launcher.view import print_plan, print_summary, summary_facts
 
     told = sys.stderr if as_json else sys.stdout
     path, changes = locate_named_recipe(recipe), tuple(overrides or ())
     options = make_ray_options(storage, capacity_timeout, cpus_per_worker, label, secret)
-    chosen = choose_cluster(cluster, nodes, workers, accelerator, options)
+    loaded, chosen = load_recipe(path, changes), choose_cluster(cluster, nodes, workers, accelerator, options)
     if is_elsewhere(chosen, dry_run):
         from launcher.cli.jobs import run_on_cluster
 
-        run_on_cluster(path, changes, chosen, workers, dry_run=dry_run, detach=detach, as_json=as_json)
+        going_on: GoingOn = {"fresh": fresh, "resume": resume or "", "allow_changed": tuple(allow_changed or ())}
+        run_on_cluster(loaded, path, changes, chosen, workers, going_on, dry_run=dry_run, detach=detach, as_json=as_json)
         return
-    plan = make_checked_plan(path, changes, chosen)
+    choice = choose_run(loaded, fresh=fresh or resume is not None)
+    plan = make_checked_plan(loaded, path, chosen, choice.path)
+    plan = continue_plan(plan, choice, resume=resume, allow_changed=tuple(allow_changed or ()))
     if dry_run and as_json:
         print_json(plan.to_dict())
         return
     print_plan(plan, told)
     if dry_run:
         return
-    folder = _start_run_folder(plan, path, changes)
-    _run_job(folder, told)
+    _check_startable(plan)
+    folder = open_run_folder(choice, plan.recipe)
+    with hold_run(folder):
+        _fill_run_folder(folder, plan, path, changes)
+        _run_job(folder, told)
     summary = make_summary(read_events(folder))
     print_summary(summary, folder, told, adapter=plan.recipe.method.kind in ("lora", "qlora"))
     if as_json:
@@ -148,30 +166,21 @@ def is_elsewhere(cluster: Cluster, dry_run: bool) -> bool:
     return not (dry_run and {"device_memory", "host_memory"} <= cluster.model_fields_set)
 
 
-def make_checked_plan(path: Path, overrides: tuple[str, ...], cluster: Cluster) -> Plan:
+def make_checked_plan(recipe: Recipe, path: Path, cluster: Cluster, run_path: Path) -> Plan:
     """The plan of a recipe whose data has been looked at too: all that can be wrong before long work."""
     from launcher.data.check import check_data
     from launcher.plan import make_plan
-    from launcher.recipe import load_recipe
-    from launcher.run import next_run_path
 
-    recipe = load_recipe(path, overrides)
-    run_path = next_run_path(Path(recipe.output_dir), recipe.name)
     plan = make_plan(recipe, cluster, base_dir=str(path.parent.resolve()), run_dir=str(run_path))
     check_data(recipe.data, plan.base_dir, has_chat_template=plan.shape.has_chat_template)
     return plan
 
 
-def _start_run_folder(plan: Plan, recipe_path: Path, overrides: tuple[str, ...]) -> RunFolder:
-    """Make the run folder with the recipe as it was given and the plan in it."""
-    from launcher.run import make_run_folder
-
-    _check_startable(plan)
-    folder = make_run_folder(Path(plan.recipe.output_dir), plan.recipe.name)
+def _fill_run_folder(folder: RunFolder, plan: Plan, recipe_path: Path, overrides: tuple[str, ...]) -> None:
+    """Write the recipe as it was given and the plan."""
     given = "".join(f"#   {line}\n" for line in (str(recipe_path.resolve()), *overrides))
     folder.recipe.write_text(f"# As it was given to lepton-launch:\n{given}{recipe_path.read_text(encoding='utf-8')}", encoding="utf-8")
     dataclasses.replace(plan, run_dir=str(folder.path)).save(folder.plan)
-    return folder
 
 
 def _check_startable(plan: Plan) -> None:

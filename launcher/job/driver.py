@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import platform
 import secrets as random
 import shutil
 import signal
@@ -20,9 +21,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launcher.errors import Fault, LauncherError, RecipeError, Stopped
+from launcher.errors import LauncherError, Stopped
 from launcher.job.capacity import describe_places, find_fitting, holding_nodes, load_nodes, make_need, wait_for_nodes
-from launcher.job.group import Group, GroupFailed, end_workers, naming_losses, run_group, start_spares, start_workers
+from launcher.job.group import Group, GroupFailed, ask_to_stop, end_workers, naming_losses, run_group, start_spares, start_workers
 from launcher.job.lines import Merger, format_origin
 from launcher.job.messages import Speaker, make_result
 from launcher.job.package import GIVEN, Order, load_order, load_secrets
@@ -30,7 +31,8 @@ from launcher.job.policy import Failure, GiveUp, decide
 from launcher.job.preflight import check_reports, meeting_folder
 from launcher.job.worker import News
 from launcher.plan import Plan, make_plan
-from launcher.run import Event, RunFolder, write_status
+from launcher.resuming import Choice, choose_run, continue_plan, open_run_folder
+from launcher.run import Event, RunFolder, hold_run, write_status
 
 STOP_KEY = "lepton-launch/stop/{run}"
 """Where `lepton-launch stop --grace` leaves its word, in Ray's key-value store."""
@@ -46,12 +48,12 @@ SPARE_AFTER_S = 15.0
 def main() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     order, secrets = load_order(Path.cwd()), load_secrets(Path.cwd())
-    speaker, wish = Speaker(), StopWish(order.run)
+    speaker, wish = Speaker(), StopWish(str(order.recipe["name"]))
     try:
-        plan = order.make_plan()
+        plan, choice = _begin(order)
         speaker.say({"event": "plan", "plan": plan.to_dict()})
         if not order.dry_run:
-            _run(order, plan, secrets, speaker, wish)
+            _run(plan, choice, secrets, speaker, wish)
     except LauncherError as error:
         speaker.say(make_result(error))
         raise SystemExit(error.exit_code) from None
@@ -62,39 +64,41 @@ def main() -> None:
     speaker.say(make_result(None))
 
 
-def _run(order: Order, plan: Plan, secrets: dict[str, str], speaker: Speaker, wish: StopWish) -> None:
-    folder = _open_folder(order, plan)
+def _begin(order: Order) -> tuple[Plan, Choice]:
+    """The plan, and the run folder it goes on in: the unfinished run's of that name, or a new one."""
+    recipe = order.load_recipe()
+    choice = choose_run(recipe, fresh=order.fresh or bool(order.resume))
+    plan = dataclasses.replace(order.make_plan(), recipe=recipe, run_dir=str(choice.path))
+    return continue_plan(plan, choice, resume=order.resume or None, allow_changed=order.allow_changed), choice
+
+
+def _run(plan: Plan, choice: Choice, secrets: dict[str, str], speaker: Speaker, wish: StopWish) -> None:
     import ray
 
-    secrets = {**{name: os.environ[name] for name in plan.cluster.ray.secrets if name in os.environ}, **secrets}
-    speaker.say({"event": "phase", "name": "joining the cluster"})
-    ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
-    signal.signal(signal.SIGTERM, wish.note_signal)  # after Ray, which puts its own handlers there
-    try:
-        Supervisor(ray, plan, folder, secrets, speaker, wish).run()
-    except Stopped as error:
-        write_status(folder, "stopped", message=error.message)
-        raise
-    except LauncherError as error:
-        write_status(folder, "failed", error=type(error).__name__, message=error.message, remedy=error.remedy, exit_code=error.exit_code)
-        raise
-    finally:
-        ray.shutdown()
-    write_status(folder, "finished")
-
-
-def _open_folder(order: Order, plan: Plan) -> RunFolder:
-    """The run folder on the storage: new, or that of the run which this one continues. Raises RecipeError where none can be made."""
-    folder = RunFolder(Path(plan.run_dir))
-    try:
-        (folder.path / "logs").mkdir(parents=True, exist_ok=True)
+    folder = open_run_folder(choice, plan.recipe)
+    with hold_run(folder):
         shutil.copy(GIVEN, folder.recipe)
         plan.save(folder.plan)
-        write_status(folder, "running")
-    except OSError as error:
-        problem = f"no run folder can be made at {folder.path}, seen from the head: {error.strerror}"
-        raise RecipeError([Fault("cluster", "ray.storage", problem, "name a folder that all nodes share and may write to")]) from None
-    return folder
+        write_status(folder, "running", pid=os.getpid(), host=platform.node())
+        if choice.note:
+            speaker.say({"event": "note", "text": choice.note})
+        secrets = {**{name: os.environ[name] for name in plan.cluster.ray.secrets if name in os.environ}, **secrets}
+        speaker.say({"event": "phase", "name": "joining the cluster"})
+        ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
+        signal.signal(signal.SIGTERM, wish.note_signal)  # after Ray, which puts its own handlers there
+        try:
+            Supervisor(ray, plan, folder, secrets, speaker, wish).run()
+        except Stopped as error:
+            write_status(folder, "stopped", message=error.message)
+            raise
+        except LauncherError as error:
+            write_status(
+                folder, "failed", error=type(error).__name__, message=error.message, remedy=error.remedy, exit_code=error.exit_code
+            )
+            raise
+        finally:
+            ray.shutdown()
+        write_status(folder, "finished")
 
 
 class StopWish:
@@ -271,8 +275,7 @@ class Supervisor:
             return
         self.leaving = why
         self.speaker.say({"event": "note", "text": f"{why}: saving"})
-        for worker in group.workers:
-            worker.ask_to_stop.options(concurrency_group="control").remote()
+        ask_to_stop(group)
 
 
 def _stopped_anyway(failure: Failure) -> str:
@@ -288,7 +291,8 @@ def resize(plan: Plan, nodes: int) -> Plan:
     if nodes == plan.layout.nodes:
         return plan
     cluster = plan.cluster.model_copy(update={"nodes": nodes})
-    return make_plan(plan.recipe, cluster, base_dir=plan.base_dir, run_dir=plan.run_dir)
+    resized = make_plan(plan.recipe, cluster, base_dir=plan.base_dir, run_dir=plan.run_dir)
+    return dataclasses.replace(resized, resume=plan.resume, allow_changed=plan.allow_changed)
 
 
 def find_sizes(plan: Plan) -> Sequence[int]:

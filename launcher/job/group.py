@@ -123,6 +123,12 @@ def naming_losses(group: Group) -> Iterator[None]:
         raise GroupFailed(_failure_of_ray_error(error, None, group)) from error
 
 
+def ask_to_stop(group: Group) -> None:
+    """Have every worker save and end after the step it is in."""
+    for worker in group.workers:
+        worker.ask_to_stop.options(concurrency_group="control").remote()
+
+
 def end_workers(ray: Any, workers: list[Any]) -> None:
     for worker in workers:
         ray.kill(worker)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import secrets
 import shutil
 import signal
@@ -20,24 +21,24 @@ from types import FrameType
 from typing import Any
 
 from launcher.errors import ClusterError, Interrupted, LauncherError, Stopped
-from launcher.job.group import Group, GroupFailed, end_workers, run_group, start_workers
+from launcher.job.group import Group, GroupFailed, ask_to_stop, end_workers, run_group, start_workers
 from launcher.plan import Plan
 from launcher.run import Event, RunFolder, write_status
 
-START_OVER = "nothing was saved: the same command starts over in a new folder"
+AGAIN = "the same command goes on from the newest checkpoint; where there is none it starts over"
 
 
 def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
     """Run a plan to its end, giving each event to `show`. Raises LauncherError; leaves no process behind."""
     folder = RunFolder(Path(plan.run_dir))
-    write_status(folder, "running")
+    write_status(folder, "running", pid=os.getpid(), host=platform.node())
     try:
         with _own_ray(plan) as ray, _noting_signals() as stop_asked:
             show({"event": "phase", "name": "starting workers"})
             _run_workers(ray, plan, show, stop_asked)
     except KeyboardInterrupt:
         write_status(folder, "stopped", message="interrupted")
-        raise Interrupted("interrupted", START_OVER) from None
+        raise Interrupted("interrupted", AGAIN) from None
     except (Interrupted, Stopped) as error:
         write_status(folder, "stopped", message=error.message)
         raise
@@ -51,9 +52,17 @@ def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
 
 
 def _run_workers(ray: Any, plan: Plan, show: Callable[[Event], None], stop_asked: Callable[[], LauncherError | None]) -> None:
+    """Start a worker a rank and train. Asked to stop, the group saves after the step it is in; before its first it just ends."""
+    stopping: list[LauncherError] = []
+
     def end_if_asked(group: Group) -> None:
-        if asked := stop_asked():
+        if stopping or not (asked := stop_asked()):
+            return
+        if not group.step:
             raise asked
+        stopping.append(asked)
+        show({"event": "note", "text": "stopping: the step is ended and saved; once more stops at once"})
+        ask_to_stop(group)
 
     try:
         group = start_workers(ray, plan, [{}] * plan.layout.world_size, secrets={})
@@ -62,7 +71,14 @@ def _run_workers(ray: Any, plan: Plan, show: Callable[[Event], None], stop_asked
         finally:
             end_workers(ray, group.workers)
     except GroupFailed as failed:
-        raise failed.failure.error from None
+        raise _name_end(failed.failure.error, stopping) from None
+
+
+def _name_end(error: LauncherError, stopping: list[LauncherError]) -> LauncherError:
+    """A stop that was asked for is named by how it was asked, with what the workers say about the save."""
+    if stopping and isinstance(error, Stopped):
+        return type(stopping[0])(f"{stopping[0].message}; {error.message}", error.remedy)
+    return error
 
 
 @contextmanager
@@ -114,7 +130,7 @@ def _noting_signals() -> Iterator[Callable[[], LauncherError | None]]:
     noted: list[LauncherError] = []
 
     def note(number: int, frame: FrameType | None) -> None:
-        noted.append(Interrupted("interrupted", START_OVER) if number == signal.SIGINT else Stopped("stopped by SIGTERM", START_OVER))
+        noted.append(Interrupted("interrupted", AGAIN) if number == signal.SIGINT else Stopped("stopped by SIGTERM", AGAIN))
         signal.signal(number, before[signal.Signals(number)])
 
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -11,9 +11,10 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from launcher.cluster import Cluster
+from launcher.data.check import check_data
 from launcher.errors import DataError
 from launcher.plan import Plan, make_plan, read_plan
 from launcher.plan.source import PACKAGE_SCHEME
@@ -25,29 +26,46 @@ LARGEST_FILES = 100 * MIB
 """Ray keeps packages in the head's memory; what is larger belongs on the storage."""
 
 
+class GoingOn(TypedDict):
+    """Where a run begins: --fresh, --resume, --allow-changed."""
+
+    fresh: bool
+    resume: str
+    allow_changed: tuple[str, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """What the driver is told: the recipe and the cluster, or the plan where it could be made before."""
+    """What the driver is told: the recipe and the cluster, the plan where it could be made before, and how to go on.
 
-    run: str
+    The recipe's output_dir is on the storage: there the driver finds the unfinished run of that name, or makes a folder.
+    """
+
     recipe: dict[str, Any]
     cluster: dict[str, Any]
     base_dir: str
-    run_dir: str
     plan: dict[str, Any] | None
+    fresh: bool = False
+    resume: str = ""
+    allow_changed: tuple[str, ...] = ()
     dry_run: bool = False
+
+    def load_recipe(self) -> Recipe:
+        return Recipe.model_validate_json(json.dumps(self.recipe))
 
     def make_plan(self) -> Plan:
         """The plan, made here where it was not made before: the model may be where only the cluster reaches it."""
         if self.plan is not None:
             return read_plan(self.plan)
-        recipe = Recipe.model_validate_json(json.dumps(self.recipe))
-        cluster = Cluster.model_validate_json(json.dumps(self.cluster))
-        return make_plan(recipe, cluster, base_dir=self.base_dir, run_dir=self.run_dir)
+        recipe, cluster = self.load_recipe(), Cluster.model_validate_json(json.dumps(self.cluster))
+        plan = make_plan(recipe, cluster, base_dir=self.base_dir, run_dir=str(Path(recipe.output_dir) / recipe.name))
+        check_data(recipe.data, self.base_dir, has_chat_template=plan.shape.has_chat_template)
+        return plan
 
 
 def load_order(folder: Path) -> Order:
-    return Order(**json.loads((folder / ORDER).read_text(encoding="utf-8")))
+    facts = json.loads((folder / ORDER).read_text(encoding="utf-8"))
+    return Order(**{**facts, "allow_changed": tuple(facts["allow_changed"])})
 
 
 def load_secrets(folder: Path) -> dict[str, str]:
@@ -65,7 +83,7 @@ def build_package(folder: Path, order: Order, given: str, recipe_dir: Path, secr
     import launcher
 
     shutil.copytree(Path(launcher.__file__).parent, folder / CODE, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    _copy_files(Recipe.model_validate_json(json.dumps(order.recipe)), recipe_dir, folder / FILES)
+    _copy_files(order.load_recipe(), recipe_dir, folder / FILES)
     (folder / ORDER).write_text(json.dumps(asdict(order), indent=1), encoding="utf-8")
     (folder / GIVEN).write_text(given, encoding="utf-8")
     if secrets:

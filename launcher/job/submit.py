@@ -48,8 +48,7 @@ class Job:
     run: str
     submission_id: str
     state: str
-    recipe: str
-    run_dir: str
+    folder: str
     started: float | None
     ended: float | None
     message: str
@@ -60,12 +59,11 @@ class Job:
         return self.state in OVER
 
 
-def make_submission_id(recipe: Recipe, run_dir: str) -> str:
-    """The same for the same recipe in the same place: what makes a second submit find the first. No sizes are in it:
+def make_submission_id(recipe: Recipe) -> str:
+    """The same for the same recipe in the same place (its output_dir): what makes a second submit find the first. No sizes are in it:
     a run that goes on with other nodes is the same run.
     """
-    facts = recipe.model_dump(mode="json", exclude={"output_dir"})
-    digest = hashlib.sha256(json.dumps([facts, run_dir], sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()[:8]
     return f"{PREFIX}{recipe.name}-{digest}"
 
 
@@ -82,8 +80,7 @@ def _read_job(details: Any) -> Job:
         run=details.metadata["lepton_run"],
         submission_id=details.submission_id,
         state=str(details.status.value),
-        recipe=details.metadata.get("lepton_recipe", ""),
-        run_dir=details.metadata.get("lepton_run_dir", ""),
+        folder=details.metadata.get("lepton_folder", ""),
         started=details.start_time / 1000 if details.start_time else None,
         ended=details.end_time / 1000 if details.end_time else None,
         message=details.message or "",
@@ -106,17 +103,17 @@ def submit(client: JobSubmissionClient, order: Order, given: str, recipe_dir: Pa
 
     Raises ClusterError where a run of that name goes on with another recipe.
     """
-    recipe = Recipe.model_validate_json(json.dumps(order.recipe))
-    base = make_submission_id(recipe, order.run_dir)
+    recipe = order.load_recipe()
+    base = make_submission_id(recipe)
     jobs = list_jobs(client)
     for job in jobs:
-        if job.run != order.run or job.is_over or order.dry_run:
+        if job.run != recipe.name or job.is_over or order.dry_run:
             continue
         if re.fullmatch(re.escape(base) + r"(-\d+)?", job.submission_id):
             return job, False
         raise ClusterError(
-            f"a run named {order.run} goes on with another recipe ({job.submission_id})",
-            f"stop it, or give this one another name: name={order.run}-2",
+            f"a run named {recipe.name} goes on with another recipe ({job.submission_id})",
+            f"stop it, or give this one another name: name={recipe.name}-2",
         )
     taken = {job.submission_id for job in jobs}
     if order.dry_run:
@@ -129,7 +126,7 @@ def submit(client: JobSubmissionClient, order: Order, given: str, recipe_dir: Pa
             entrypoint=DRIVER,
             submission_id=submission_id,
             runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
-            metadata={"lepton_run": order.run, "lepton_recipe": recipe.name, "lepton_run_dir": order.run_dir},
+            metadata={"lepton_run": recipe.name, "lepton_folder": str(Path(recipe.output_dir) / recipe.name)},
         )
         job = next(job for job in list_jobs(client) if job.submission_id == submission_id)
     return job, True
@@ -275,7 +272,9 @@ def load_progress(client: JobSubmissionClient, job: Job) -> dict[str, Any]:
     }
     for event in load_events(client, job):
         kind = event["event"]
-        if kind in ("phase", "waiting"):
+        if kind == "plan":
+            progress["folder"] = event["plan"]["run_dir"]
+        elif kind in ("phase", "waiting"):
             progress["doing"] = event["name"] if kind == "phase" else event["text"]
         elif kind == "start":
             progress |= {"total_steps": event["total_steps"], "doing": "training"}

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from launcher.checkpoint.storage import join_url
 from launcher.cluster import Cluster
 from launcher.errors import DataError, Fault, RecipeError
 from launcher.plan.batch import BatchPlan, make_batch
@@ -24,7 +25,11 @@ PLAN_FILE = "plan.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything a worker needs to know. `base_dir` is where relative paths of the recipe start."""
+    """Everything a worker needs to know. `base_dir` is where relative paths of the recipe start.
+
+    A run continues from its own newest checkpoint; where it has none, from the one at `resume`, if that is set.
+    `allow_changed` are the recipe's keys that may differ from those a checkpoint was made with.
+    """
 
     recipe: Recipe
     cluster: Cluster
@@ -38,13 +43,20 @@ class Plan:
     run_dir: str
     base_dir: str
     notes: tuple[str, ...]
+    resume: str = ""
+    allow_changed: tuple[str, ...] = ()
+
+    @property
+    def checkpoints(self) -> str:
+        """The folder or URL of this run's checkpoints."""
+        return checkpoints_url(self.recipe, self.run_dir)
 
     @property
     def digest(self) -> str:
         """Names what is trained: the recipe and its resolution, not where it is written."""
         facts = self.to_dict()
         del facts["recipe"]["output_dir"]
-        for place in ("run_dir", "base_dir", "notes", "memory", "cluster"):
+        for place in ("run_dir", "base_dir", "notes", "memory", "cluster", "resume", "allow_changed"):
             del facts[place]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -63,6 +75,8 @@ class Plan:
             "run_dir": self.run_dir,
             "base_dir": self.base_dir,
             "notes": list(self.notes),
+            "resume": self.resume,
+            "allow_changed": list(self.allow_changed),
         }
 
     def save(self, path: Path) -> None:
@@ -104,7 +118,16 @@ def read_plan(facts: dict[str, Any]) -> Plan:
         run_dir=facts["run_dir"],
         base_dir=facts["base_dir"],
         notes=tuple(facts["notes"]),
+        resume=facts["resume"],
+        allow_changed=tuple(facts["allow_changed"]),
     )
+
+
+def checkpoints_url(recipe: Recipe, run_dir: str) -> str:
+    """Where a run's checkpoints lie: in its folder, or on the recipe's storage under the folder's name."""
+    if recipe.save.storage is None:
+        return str(Path(run_dir) / "checkpoints")
+    return join_url(recipe.save.storage, Path(run_dir).name, "checkpoints")
 
 
 def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) -> Plan:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import resource
 import time
 from collections.abc import Callable, Sequence
@@ -18,15 +19,27 @@ from launcher.run import Event, RunFolder
 def open_report(
     plan: Plan, folder: RunFolder, rank: int, show: Callable[[Event], None]
 ) -> tuple[Callable[[Event], None], Callable[[], None]]:
-    """`report(event)` and `close()`; both do nothing on other ranks than 0."""
+    """`report(event)` and `close()`; both do nothing on other ranks than 0.
+
+    The event `start` says after which step this session goes on: what an earlier one reported beyond it is dropped then,
+    so that the file, and TensorBoard, tell of one run without a break.
+    """
     if rank != 0:
         return (lambda event: None), (lambda: None)
-    trackers = [_open_tracker(name, plan, folder) for name in plan.recipe.track.to]
+    trackers: list[Any] = []
+    session_begins = _cut_unfinished_line(folder.metrics)
     # Line-buffered: an event is on disk when report returns.
     file = folder.metrics.open("a", buffering=1, encoding="utf-8")
 
     def report(event: Event) -> None:
+        nonlocal file
         event = {**event, "time": time.time()}
+        if event["event"] == "start":
+            if session_begins:
+                file.close()
+                rewind_metrics(folder.metrics, session_begins, event["step"])
+                file = folder.metrics.open("a", buffering=1, encoding="utf-8")
+            trackers.extend(_open_tracker(name, plan, folder, event["step"] + 1) for name in plan.recipe.track.to)
         if event["event"] == "step":
             event["memory_bytes"] = read_peak_memory()
             last = event["step"] == event["total_steps"]
@@ -48,6 +61,33 @@ def open_report(
     return report, close
 
 
+def _cut_unfinished_line(path: Path) -> int:
+    """Drop a last line that a kill cut short; returns the bytes that are left."""
+    if not path.exists():
+        return 0
+    whole = path.read_bytes().rfind(b"\n") + 1
+    os.truncate(path, whole)
+    return whole
+
+
+def rewind_metrics(path: Path, session_begins: int, step: int) -> None:
+    """Drop from earlier sessions, which end at byte `session_begins`, all that came after `step` was done; in one move.
+
+    Nothing of them stays where the run starts over.
+    """
+    with path.open("rb") as file:
+        earlier, current = file.read(session_begins), file.read()
+    kept: list[bytes] = []
+    for line in earlier.splitlines(keepends=True) if step else ():
+        event = json.loads(line)
+        if event.get("step", 0) > step or event.get("when") == "after" or event["event"] in ("saved", "end"):
+            break
+        kept.append(line)
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_bytes(b"".join(kept) + current)
+    unfinished.replace(path)
+
+
 def _tracked(event: Event) -> dict[str, float]:
     """What of an event trackers plot."""
     if event["event"] == "step":
@@ -58,7 +98,7 @@ def _tracked(event: Event) -> dict[str, float]:
     return {}
 
 
-def _open_tracker(name: str, plan: Plan, folder: RunFolder) -> Any:
+def _open_tracker(name: str, plan: Plan, folder: RunFolder, first_step: int) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
 
@@ -66,7 +106,8 @@ def _open_tracker(name: str, plan: Plan, folder: RunFolder) -> Any:
     PartialState(cpu=plan.layout.accelerator == "cpu")  # accelerate's trackers log through it; it takes over the group there is
     project, run = plan.recipe.track.project, Path(plan.run_dir).name
     if name == "tensorboard":
-        tracker: Any = TensorBoardTracker(run, folder.trackers)
+        # Hides what an earlier session wrote from this step on.
+        tracker: Any = TensorBoardTracker(run, folder.trackers, purge_step=first_step if first_step > 1 else None)
     elif name == "wandb":
         tracker = WandBTracker(project, name=run, dir=str(folder.path))
     else:

@@ -90,6 +90,22 @@ def _convert_gguf(source: ModelSource) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+def list_weight_files(plan: Plan) -> list[Path]:
+    """The files that make the base model what it is: configuration and weights. A hub model must be in the local cache by now."""
+    source = locate_model(plan.recipe.model.name_or_path, plan.base_dir)
+    if source.kind == "gguf":
+        return [Path(source.path)]
+    folder = Path(source.path)
+    if source.kind == "hub":
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(source.path, "config.json", revision=plan.recipe.model.revision)
+        if not isinstance(config, str):
+            raise ModelError(f"{source.path} is not in the local cache after loading", "check HF_HOME and the disk it lies on")
+        folder = Path(config).parent
+    return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
+
+
 def weights_path(plan: Plan) -> str:
     """What from_pretrained is given: a folder or a hub id."""
     source = locate_model(plan.recipe.model.name_or_path, plan.base_dir)

@@ -78,14 +78,17 @@ def set_lr(engine: Any, lr: float) -> None:
         group["lr"] = lr
 
 
-def take_step(engine: Any) -> float | None:
+def take_step(engine: Any, before_update: Callable[[], None]) -> float | None:
     """engine.step(); where that ends the accumulation, the global norm of the gradients before clipping.
+
+    `before_update` is called when the weights and the optimizer's states are about to change.
 
     DeepSpeed 0.19.8 keeps no norm for stage 0 in fp32: there it is taken from the gradients, already averaged.
     """
     if not engine.is_gradient_accumulation_boundary():
         engine.step()
         return None
+    before_update()
     norm = None
     if engine.zero_optimization_stage() == 0:
         norm = torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])

@@ -8,11 +8,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import platform
 import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,7 +22,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.distributed as dist
 
-from launcher.errors import DataError
+from launcher.checkpoint.lease import OWNER, Lease
+from launcher.checkpoint.storage import Storage, open_storage
+from launcher.errors import CheckpointError, DataError
 from launcher.plan import Plan, load_plan
 from launcher.recipe import Lora
 from launcher.run import Event, RunFolder, cache_dir
@@ -36,7 +39,10 @@ from launcher.train.methods import apply_method
 from launcher.train.metrics import open_report
 from launcher.train.model import load_base, load_tokenizer, prepare_weights
 from launcher.train.optim import build_optimizer, make_lr_schedule, make_param_groups
+from launcher.train.randomness import seed_rank
 from launcher.train.report import write_model_card, write_report
+from launcher.train.resume import make_run_identity, resume
+from launcher.train.saving import Saver
 from launcher.train.state import TrainState
 
 if TYPE_CHECKING:
@@ -68,7 +74,8 @@ def run_rank(plan: Plan, me: Rank, *, show: Show, stop_asked: Callable[[], bool]
         folder = RunFolder(Path(plan.run_dir))
         report, close_report = open_report(plan, folder, me.rank, show)
         try:
-            fine_tune(plan, me, folder, report, stop_asked)
+            with _owned_storage(plan, me.rank) as (storage, lease):
+                fine_tune(plan, me, folder, report, stop_asked, storage, lease)
         finally:
             close_report()
         if me.rank == 0:
@@ -77,7 +84,10 @@ def run_rank(plan: Plan, me: Rank, *, show: Show, stop_asked: Callable[[], bool]
         dist.barrier()
 
 
-def fine_tune(plan: Plan, me: Rank, folder: RunFolder, report: Show, stop_asked: Callable[[], bool]) -> None:
+def fine_tune(
+    plan: Plan, me: Rank, folder: RunFolder, report: Show, stop_asked: Callable[[], bool], storage: Storage, lease: Lease | None
+) -> None:
+    """A rank's part from data to exported model, from wherever the checkpoints on `storage` say it is."""
     recipe, batch = plan.recipe, plan.batch
     began = time.perf_counter()
     with _first_on_node(me):
@@ -100,27 +110,35 @@ def fine_tune(plan: Plan, me: Rank, folder: RunFolder, report: Show, stop_asked:
     if recipe.data.packing:
         check_packing(engine.module)
     held = _Held(plan, engine, tokenizer, eval_set, report)
-    report({"event": "start", "total_steps": total_steps, "world_size": me.world_size, "num_params": plan.num_params,
-            "trainable_params": plan.trainable_params, "setup_s": time.perf_counter() - began})  # fmt: skip
-    held.measure(0, "before")
-    held.sample("before")
+    identity = make_run_identity(plan, [samples.content_hash for samples in (train_set, eval_set) if samples is not None])
+    resumed = resume(plan, engine, storage, identity, report)
+    state, held.best_weights = resumed.state, resumed.best_weights
+    report({"event": "start", "step": state.step, "from": resumed.source, "total_steps": total_steps, "world_size": me.world_size,
+            "num_params": plan.num_params, "trainable_params": plan.trainable_params, "setup_s": time.perf_counter() - began})  # fmt: skip
+    if state.step == 0:
+        held.measure(0, "before")
+        held.sample("before")
 
-    training = time.perf_counter()
+    saver = Saver(plan, engine, storage, lease=lease, identity=identity, total_steps=total_steps,
+                  best_weights=lambda: held.best_weights, report=report)  # fmt: skip
+    saver.resume_at(state)
     steps = open_steps(train_set, global_batch_size=batch.global_batch_size, micro_batch_size=batch.micro_batch_size, rank=me.rank,
-                       world_size=me.world_size, seed=recipe.seed, total_samples=total_samples, flat=plan.layout.packs_flat)  # fmt: skip
+                       world_size=me.world_size, seed=recipe.seed, total_samples=total_samples, start=state.samples_seen,
+                       flat=plan.layout.packs_flat)  # fmt: skip
     state = train(
         engine,
-        steps,
-        TrainState(),
+        () if held.is_over(state) else steps,
+        state,
         total_steps=total_steps,
         samples_per_epoch=len(train_set),
         lr_at=make_lr_schedule(recipe.schedule, recipe.optim.lr, total_steps),
         evaluate=held.after_step,
         is_over=held.is_over,
+        saver=saver,
         report=report,
         stop_asked=stop_asked,
     )
-    train_s = time.perf_counter() - training
+    train_s = saver.train_s
     held.restore_best(state)
     held.measure(state.step, "after")
     held.sample("after")
@@ -156,8 +174,7 @@ def build_engine(plan: Plan, model: torch.nn.Module, me: Rank) -> Any:
     """The DeepSpeed engine around a model that is on this rank's device."""
     import deepspeed
 
-    # Dropout differs between ranks, and not between runs.
-    torch.manual_seed(plan.recipe.seed * 100_003 + me.rank)
+    seed_rank(plan.recipe.seed, me.rank)
     optimizer = build_optimizer(make_param_groups(model, plan.recipe.optim.weight_decay), plan.recipe.optim)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=dict(plan.deepspeed), dist_init_required=False)
     if plan.layout.zero_stage == 0:
@@ -226,6 +243,45 @@ class _Held:
         if self.best_weights and state.best_step != state.step:
             best.restore_trained(self.engine, self.best_weights)
             self.report({"event": "note", "text": f"back to the weights of step {state.best_step}, the best evaluation"})
+
+
+@contextmanager
+def _owned_storage(plan: Plan, rank: int) -> Iterator[tuple[Storage, Lease | None]]:
+    """The run's checkpoints, with the right to write there, which rank 0 holds for all. Raises CheckpointError where another
+    run holds it, or where a rank does not see what rank 0 sees."""
+    storage = open_storage(plan.checkpoints)
+    lease, problem = None, ""
+    if rank == 0:
+        lease = Lease(storage)
+        try:
+            lease.take()
+        except (CheckpointError, OSError) as error:
+            lease, problem = None, str(error)
+    told = [(problem, lease.token if lease else "")]
+    dist.broadcast_object_list(told, src=0)
+    try:
+        if told[0][0]:
+            raise CheckpointError(*told[0][0].split("\n  → ", 1))
+        if rank != 0:
+            _check_shared(storage, told[0][1], rank)
+        yield storage, lease
+    finally:
+        if lease is not None:
+            lease.release()
+
+
+def _check_shared(storage: Storage, token: str, rank: int) -> None:
+    """Raises CheckpointError where this rank's host does not see the file that rank 0 wrote."""
+    deadline = time.monotonic() + 10  # NFS may remember for some seconds that a file was not there
+    while time.monotonic() < deadline:
+        with suppress(FileNotFoundError):
+            if token.encode() in storage.read(OWNER):
+                return
+        time.sleep(0.5)
+    raise CheckpointError(
+        f"rank {rank} on {platform.node()} does not see the checkpoints that rank 0 writes to {storage.url}",
+        "the hosts share no disk: set save.storage to a folder that all of them see, or to s3:// or gs://",
+    )
 
 
 @contextmanager
