@@ -65,7 +65,7 @@ def run(
     told = sys.stderr if as_json else sys.stdout
     path, changes = locate_named_recipe(recipe), tuple(overrides or ())
     options = make_ray_options(storage, capacity_timeout, cpus_per_worker, label, secret)
-    loaded, chosen = load_recipe(path, changes), choose_cluster(cluster, nodes, workers, accelerator, options)
+    loaded, chosen = load_recipe(path, changes), choose_cluster(cluster, nodes, workers, accelerator, options, dry_run=dry_run)
     if is_elsewhere(chosen, dry_run):
         from launcher.cli.jobs import run_on_cluster
 
@@ -112,11 +112,13 @@ def choose_cluster(
     workers: int | None,
     accelerator: Literal["cpu", "cuda"] | None,
     options: dict[str, Any] | None = None,
+    *,
+    dry_run: bool = False,
 ) -> Cluster:
     """The cluster of that name, file or address, or this machine, with what the command line asks for. Raises ClusterError.
 
     Without a name, a run on one node stays on this machine, whatever else runs here; one on several goes to the cluster
-    that this machine belongs to.
+    that this machine belongs to; and a dry run is for machines like this one.
     """
     from launcher.cluster import Cluster, find_local_cluster, load_cluster, locate_cluster, make_node_range
 
@@ -124,7 +126,7 @@ def choose_cluster(
     file = locate_cluster(name) if name else None
     if file:
         cluster = load_cluster(file)
-    elif name or (most or 1) > 1 or "RAY_ADDRESS" in os.environ:
+    elif name or "RAY_ADDRESS" in os.environ or ((most or 1) > 1 and not dry_run):
         cluster = Cluster(name=name or "auto", address=name or os.environ.get("RAY_ADDRESS", "auto"))
     else:
         cluster = find_local_cluster(workers, accelerator)

@@ -46,11 +46,27 @@ def open_client(address: str) -> JobSubmissionClient:
     The environment's RAY_ADDRESS would override an address that was named; here it does not.
     """
     _use_token_if_there_is_one()
+    if address == "auto":
+        address = _find_own_cluster()
     with _without("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"), naming_ray_errors(address):
         _check_reachable(address)
         from ray.job_submission import JobSubmissionClient
 
         return JobSubmissionClient(address)
+
+
+def _find_own_cluster() -> str:
+    """The address of the Ray that was last started or joined on this machine. Raises ClusterError where none answers."""
+    from ray._private.utils import read_ray_address
+
+    address, remedy = read_ray_address(), "name one with --cluster http://HEAD:8265 or a cluster file, or drop --nodes"
+    if not address:
+        raise ClusterError("this machine belongs to no Ray cluster: `ray start` was not run on it", remedy)
+    try:
+        _check_reachable(address)
+    except ClusterError as error:
+        raise ClusterError(f"this machine belongs to no Ray cluster any more: {error.message}", remedy) from None
+    return str(address)
 
 
 def _use_token_if_there_is_one() -> None:
@@ -97,8 +113,6 @@ _HOW_TO_REACH = (
 def _check_reachable(address: str) -> None:
     """A wrong address fails here at once; Ray's own client would go on for minutes. Raises ClusterError."""
     host, port = _host_and_port(address)
-    if not host:
-        return
     try:
         socket.create_connection((host, port), timeout=ANSWER_TIMEOUT_S).close()
     except OSError as error:
@@ -106,8 +120,6 @@ def _check_reachable(address: str) -> None:
 
 
 def _host_and_port(address: str) -> tuple[str, int]:
-    if address == "auto":
-        return "", 0
     parts = urllib.parse.urlsplit(address if "://" in address else f"//{address}")
     try:
         port = parts.port
