@@ -30,7 +30,8 @@ trap 'rm -f "$RAY_AUTH_TOKEN_PATH"' EXIT
 python -c 'import secrets; print(secrets.token_hex(32), end="")' > "$RAY_AUTH_TOKEN_PATH"
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-head_address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" hostname --ip-address | awk '{print $1}')
+# As Ray finds it: a host's own name may stand for 127.0.1.1, which leads other nodes nowhere.
+head_address=$(srun --nodes=1 --ntasks=1 --nodelist="$head" python -c 'import ray; print(ray.util.get_node_ip_address())')
 port=$((20000 + SLURM_JOB_ID % 20000)) # two jobs on one node must not meet
 
 # symmetric-run starts Ray on every node, runs what is after -- on the head, and stops Ray at its end.

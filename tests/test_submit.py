@@ -187,3 +187,14 @@ def test_loopback_and_tls_need_no_warning() -> None:
         assert describe_access(url)[1] == ""
     access, warning = describe_access("http://127.0.0.2.invalid:1")
     assert "no authentication" in access and "RAY_AUTH_MODE=token" in warning
+
+
+def test_the_docs_list_every_key_of_ray() -> None:
+    text = (Path(__file__).parents[1] / "docs/cluster.md").read_text()
+    assert {name for name in RayOptions.model_fields if f"| `{name}` |" not in text} == set()
+
+
+def test_the_docs_name_every_verb_and_exit_code() -> None:
+    text = (Path(__file__).parents[1] / "docs/cluster.md").read_text()
+    for verb in ("list", "status", "logs", "attach", "stop"):
+        assert f"lepton-launch {verb}" in text

@@ -18,6 +18,7 @@ _NOISE = re.compile(
             r"\[W\d{3,4} [\d:.]+ .*\.cpp:\d+\]",  # torch's C++ warnings: sockets, IPv6, ProcessGroup teardown
             r"\[rank\d+\]:\[[WE]\d",
             r"\[Gloo\] Rank",
+            r"\[lepton-launch\] ",  # the first line of a log, for who reads the file
             r"\[[\d-]+ [\d:,.]+\] \[(INFO|WARNING|DEBUG)\]",  # DeepSpeed's logger
             r"\((raylet|autoscaler|pid=|Worker pid=|bundle_reservation)",
             r"[\d-]+ [\d:,.]+\s+(INFO|WARNING) \w+\.py:\d+",  # Ray's logger

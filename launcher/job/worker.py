@@ -69,6 +69,7 @@ class Worker:
         self.listener: socket.socket | None = None
         self.log: Path | None = None
         self.log_position = 0
+        self.secrets = secrets
         os.environ |= secrets
 
     def locate(self) -> Place:
@@ -98,6 +99,7 @@ class Worker:
         """Run this rank to its end; `hosts` has the host of every rank. Raises LauncherError; all else is a defect, and in the log."""
         self._open_log(RunFolder(Path(plan.run_dir)))
         self._set_environment(plan, address)
+        print(describe_rank(hosts[self.rank], self.secrets), flush=True)
         try:
             side: Any = importlib.import_module(TRAINING_SIDE)
             local_rank = self.rank % plan.layout.workers_per_node
@@ -187,6 +189,16 @@ class Worker:
             "TOKENIZERS_PARALLELISM": "true" if local_rank == 0 else "false",
             "DS_ACCELERATOR": plan.layout.accelerator,
         }
+
+
+def describe_rank(host: str, secrets: dict[str, str]) -> str:
+    """The first line of a rank's log: who and where it is, as every library it loads will read it; of secrets that they came."""
+    seen = {
+        name: os.environ[name]
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "GLOO_SOCKET_IFNAME")
+    }
+    came = ", ".join(f"{name} ({len(value)} characters)" for name, value in secrets.items())
+    return f"[lepton-launch] {host}: " + " ".join(f"{name}={value}" for name, value in seen.items()) + (f" secrets: {came}" if came else "")
 
 
 def find_interface(address: str) -> str:

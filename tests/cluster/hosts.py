@@ -83,7 +83,10 @@ class Host:
         subprocess.run(self.inside("ip", "link", "set", "eth0", "down"), check=True)
 
     def plug(self) -> None:
+        """Up, with a default route, as on any network: it leads to this machine, which forwards nothing."""
         subprocess.run(self.inside("ip", "link", "set", "eth0", "up"), check=True)
+        gateway = self.address.rsplit(".", 1)[0] + ".254"
+        subprocess.run(self.inside("ip", "route", "replace", "default", "via", gateway), check=True)
 
     def kill(self) -> None:
         """End every process of the host at once."""
