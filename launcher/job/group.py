@@ -21,6 +21,7 @@ START_TIMEOUT_S = 120.0
 POLL_S = 0.25
 FELLOW_ERRORS_S = 3.0
 """After the first rank fails, how long the others may still say why: the cause often speaks second."""
+OTHERS_EVERY_S = 1.0
 SILENT_S = 5.0
 """A worker that does not answer for so long, when the group has stalled, is the one that hangs."""
 NODE_GONE = ("node died", "node is dead", "node has been", "node was", "drained", "preempted")
@@ -46,6 +47,7 @@ class Group:
     step_times_s: list[float] = field(default_factory=list)
     moved_at: float = field(default_factory=time.monotonic)
     stepping_since: float | None = None
+    heard_at: dict[int, float] = field(default_factory=dict)
 
     @property
     def hosts(self) -> tuple[str, ...]:
@@ -149,30 +151,31 @@ def run_group(ray: Any, group: Group, plan: Plan, show: Callable[[Event], None],
         watch(group)
         failures = [failure for ref in done if (failure := _failure_of(ray, ref, running.pop(ref), group))]
         if failures:
-            failures += _fellow_failures(ray, running, group)
-            _hear_rest(ray, group, asked, show, hear)
+            failures = _fellow_failures(ray, running, group, failures)
+            _hear_rest(ray, group, asked, show, hear, within_s=1.0)
             raise GroupFailed(find_cause(failures))
         _check_moving(group, plan, asked)
-    _hear_rest(ray, group, asked, show, hear)
+    _hear_rest(ray, group, asked, show, hear, within_s=10.0)
 
 
 def _hear_all(
     ray: Any, group: Group, asked: dict[Any, tuple[int, float]], show: Callable[[Event], None], hear: Callable[[int, News], None]
 ) -> None:
-    """Take what workers have told, and ask those again. One that does not answer is not waited for."""
+    """Take what workers have told, and ask again: rank 0 at every turn, the others now and then. Nobody is waited for."""
     ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=0) if asked else ([], [])
     for ref in ready:
         _take(ray, ref, asked, group, show, hear)
-    waiting = {rank for rank, _ in asked.values()}
+    now, waiting = time.monotonic(), {rank for rank, _ in asked.values()}
     for rank, worker in enumerate(group.workers):
-        if rank not in waiting:
-            asked[worker.take_news.options(concurrency_group="control").remote()] = (rank, time.monotonic())
+        if rank not in waiting and (rank == 0 or now - group.heard_at.get(rank, 0.0) > OTHERS_EVERY_S):
+            asked[worker.take_news.options(concurrency_group="control").remote()] = (rank, now)
 
 
 def _take(
     ray: Any, ref: Any, asked: dict[Any, tuple[int, float]], group: Group, show: Callable[[Event], None], hear: Callable[[int, News], None]
 ) -> None:
     rank, _ = asked.pop(ref)
+    group.heard_at[rank] = time.monotonic()
     try:
         news = ray.get(ref, timeout=SILENT_S)
     except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
@@ -184,15 +187,20 @@ def _take(
 
 
 def _hear_rest(
-    ray: Any, group: Group, asked: dict[Any, tuple[int, float]], show: Callable[[Event], None], hear: Callable[[int, News], None]
+    ray: Any,
+    group: Group,
+    asked: dict[Any, tuple[int, float]],
+    show: Callable[[Event], None],
+    hear: Callable[[int, News], None],
+    within_s: float,
 ) -> None:
-    """What workers still have to tell when the group is over: what was asked before, then what came since."""
-    for _ in range(2):
-        ray.wait(list(asked), num_returns=len(asked), timeout=SILENT_S / 2) if asked else None
-        _hear_all(ray, group, asked, show, hear)
-    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=SILENT_S / 2)
-    for ref in ready:
-        _take(ray, ref, asked, group, show, hear)
+    """What workers still have to tell when the group is over: what they were asked before, then once more."""
+    deadline = time.monotonic() + within_s
+    last = {worker.take_news.options(concurrency_group="control").remote(): (rank, deadline) for rank, worker in enumerate(group.workers)}
+    for some in (asked, last):
+        ready, _ = ray.wait(list(some), num_returns=len(some), timeout=max(0.1, deadline - time.monotonic())) if some else ([], [])
+        for ref in ready:
+            _take(ray, ref, some, group, show, hear)
 
 
 def _check_moving(group: Group, plan: Plan, asked: dict[Any, tuple[int, float]]) -> None:
@@ -267,9 +275,10 @@ def _first_line(error: Any) -> str:
     return " ".join(str(error).split("\n")[0].split())[:300]
 
 
-def _fellow_failures(ray: Any, running: dict[Any, int], group: Group) -> list[Failure]:
-    deadline, failures = time.monotonic() + FELLOW_ERRORS_S, list[Failure]()
-    while running and time.monotonic() < deadline:
+def _fellow_failures(ray: Any, running: dict[Any, int], group: Group, known: list[Failure]) -> list[Failure]:
+    """Wait a little for the others to fail too, until one says more than that its connection broke."""
+    deadline, failures = time.monotonic() + FELLOW_ERRORS_S, list(known)
+    while running and time.monotonic() < deadline and all(failure.kind == "network" for failure in failures):
         done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
         failures += [failure for ref in done if (failure := _failure_of(ray, ref, running.pop(ref), group))]
     return failures

@@ -65,7 +65,7 @@ class Worker:
     def __init__(self, rank: int, secrets: dict[str, str]) -> None:
         self.rank = rank
         self.events: collections.deque[Event] = collections.deque()
-        self.stop = threading.Event()
+        self.stop, self.telling = threading.Event(), threading.Lock()
         self.listener: socket.socket | None = None
         self.log: Path | None = None
         self.log_position = 0
@@ -117,9 +117,10 @@ class Worker:
     def take_news(self) -> News:
         """What happened since the last call."""
         events = []
-        while self.events:
-            events.append(self.events.popleft())
-        messages = split_lines(self._read_log())
+        with self.telling:  # two calls at a time would take turns, and mix up the order
+            while self.events:
+                events.append(self.events.popleft())
+            messages = split_lines(self._read_log())
         quiet = [is_noise(message) or message.startswith("Traceback") for message in messages]
         return News(
             events,
