@@ -239,7 +239,7 @@ def _failure_of_ray_error(error: Any, rank: int | None, group: Group) -> Failure
     host = group.hosts[rank] if rank is not None and rank < len(group.hosts) else ""
     where = f"rank {rank}" + (f" on {host}" if host else "") if rank is not None else "a worker"
     ours, kind = _name_ray_error(error, where)
-    return Failure(error=_with_host(ours, rank, host), kind=kind, rank=rank, host=host, step=group.step)
+    return Failure(error=_with_place(ours, rank, host, group.step), kind=kind, rank=rank, host=host, step=group.step)
 
 
 def _name_ray_error(error: Any, where: str) -> tuple[LauncherError, Kind]:
@@ -263,12 +263,13 @@ def _name_ray_error(error: Any, where: str) -> tuple[LauncherError, Kind]:
     return TrainingError(f"{where}: {cause!r}", "the traceback is in the run's logs/"), "error"
 
 
-def _with_host(error: LauncherError, rank: int | None, host: str) -> LauncherError:
-    """The error with the host beside the rank it names."""
+def _with_place(error: LauncherError, rank: int | None, host: str, step: int) -> LauncherError:
+    """The error of a worker with its host beside the rank it names, and how far the run was."""
     named = f"rank {rank}:"
     if not host or not error.message.startswith(named):
         return error
-    return type(error)(error.message.replace(named, f"rank {rank} on {host}:", 1), error.remedy)
+    after = f" (after step {step})" if step else ""
+    return type(error)(error.message.replace(named, f"rank {rank} on {host}:", 1) + after, error.remedy)
 
 
 def _first_line(error: Any) -> str:

@@ -251,3 +251,18 @@ def test_a_node_with_another_version_is_named(ray_hosts: RayHosts, tmp_path: Pat
         ray_hosts.workers[-1].kill()
         ray_hosts.switch_on(4)
         shutil.rmtree(odd.parent)
+
+
+@pytest.mark.long
+def test_what_would_come_back_is_not_tried_again(ray_hosts: RayHosts, tmp_path: Path) -> None:
+    ray_hosts.wait_for_nodes(4)
+    recipe = str(write_recipe(tmp_path, "exploding", STEPS, SAVE))
+    done = lepton(ray_hosts.address, recipe, "optim={name: sgd, lr: 1.0e+30, max_grad_norm: 0}", "--nodes", "4", *OPTIONS)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "restarting" not in done.stdout
+    assert "at step" in done.stderr and "samples" in done.stderr and "optim.lr" in done.stderr
+    broken = ray_hosts.storage / "broken.jsonl"
+    broken.write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n{"messages": \n')
+    bad = lepton(ray_hosts.address, recipe, f"data.train={STORAGE}/broken.jsonl", "name=bad", "--nodes", "4", *OPTIONS)
+    assert bad.returncode == 8, bad.stdout + bad.stderr
+    assert "broken.jsonl:2" in bad.stderr and "restarting" not in bad.stdout
