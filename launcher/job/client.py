@@ -87,6 +87,7 @@ def _without(*names: str) -> Iterator[None]:
 @contextlib.contextmanager
 def naming_ray_errors(address: str) -> Iterator[None]:
     """Raises ClusterError for what Ray's client raises."""
+    from aiohttp import ClientError
     from ray.exceptions import AuthenticationError
     from requests.exceptions import RequestException
 
@@ -99,7 +100,7 @@ def naming_ray_errors(address: str) -> Iterator[None]:
         raise ClusterError(
             f"{address} wants a token (401)", "set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's token"
         ) from None
-    except (ConnectionError, RequestException, TimeoutError, RuntimeError, ValueError, OSError) as error:
+    except (ConnectionError, RequestException, ClientError, TimeoutError, RuntimeError, ValueError, OSError) as error:
         line = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ClusterError(f"no answer that makes sense from the Ray cluster at {address}: {line[:300]}", _HOW_TO_REACH) from None
 

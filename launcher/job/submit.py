@@ -38,6 +38,8 @@ RECONNECT_S = 1.0
 GIVE_UP_S = 90.0
 """How long a client looks for a cluster that no longer answers."""
 DEFAULT_GRACE_S = RayOptions().stop_grace_s
+FORGOTTEN_S = 5.0
+"""How long a cluster that answers may say that it does not know the run: its parts do not start at one time."""
 OVER = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -170,10 +172,14 @@ async def _follow(client: JobSubmissionClient, submission_id: str, show: Callabl
             if result is not None:
                 return make_error(result)
             lost_at = lost_at or time.monotonic()
-            if time.monotonic() - lost_at > GIVE_UP_S:
+            if time.monotonic() - lost_at > (FORGOTTEN_S if isinstance(error, DataError) else GIVE_UP_S):
+                what = (
+                    "was started anew and no longer knows the run"
+                    if isinstance(error, DataError)
+                    else f"has not answered for {GIVE_UP_S:.0f} s"
+                )
                 raise ClusterError(
-                    f"the cluster has not answered for {GIVE_UP_S:.0f} s: {error.message}",
-                    "once it is back, the same command continues the run",
+                    f"the cluster {what}: {error.message}", "the same command continues the run on a cluster that is up"
                 ) from None
             await asyncio.sleep(RECONNECT_S)
             continue
