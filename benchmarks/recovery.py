@@ -51,12 +51,12 @@ def kill_workers(host: Host, pattern: str) -> None:
 
 
 def kill_a_worker(hosts: RayHosts, pattern: str) -> None:
-    kill_workers(hosts.workers[1], pattern)
+    kill_workers(hosts.host(3), pattern)
 
 
 def lose_a_host(hosts: RayHosts, pattern: str) -> None:
     """The host is dead, and back as soon as the cluster has missed it."""
-    hosts.workers[1].kill()
+    hosts.host(3).kill()
     wait_until(lambda: hosts.count_nodes() == 3, 90, "the loss is noticed")
     hosts.switch_on(3)
 

@@ -50,6 +50,9 @@ class RayHosts:
         """The shared storage, as this machine sees it."""
         return self.network.storage
 
+    def host(self, number: int) -> Host:
+        return next(host for host in self.network.hosts if host.name == f"node{number}")
+
     def start_head(self) -> None:
         self.head.run("ray", "start", "--head", f"--port={RAY_PORT}", "--dashboard-host", self.head.address, *node_options(self.head))
 

@@ -45,18 +45,18 @@ def worker_pids(host: Host) -> list[int]:
 
 
 def kill_a_worker(ray_hosts: RayHosts) -> None:
-    for pid in worker_pids(ray_hosts.workers[1]):
+    for pid in worker_pids(ray_hosts.host(3)):
         os.kill(pid, signal.SIGKILL)
 
 
 def pause_a_worker(ray_hosts: RayHosts) -> None:
-    for pid in worker_pids(ray_hosts.workers[1]):
+    for pid in worker_pids(ray_hosts.host(3)):
         os.kill(pid, signal.SIGSTOP)
 
 
 def kill_a_raylet(ray_hosts: RayHosts) -> None:
     """The node's Ray is gone until somebody starts it again: here, after a while, as an init system would."""
-    host = ray_hosts.workers[1]
+    host = ray_hosts.host(3)
     for pid in host.processes("raylet/raylet"):
         os.kill(pid, signal.SIGKILL)
     wait_until(lambda: ray_hosts.count_nodes() == 3, 60, "the loss of the node is noticed")
@@ -66,14 +66,14 @@ def kill_a_raylet(ray_hosts: RayHosts) -> None:
 
 
 def kill_a_host(ray_hosts: RayHosts) -> None:
-    ray_hosts.workers[1].kill()
+    ray_hosts.host(3).kill()
     wait_until(lambda: ray_hosts.count_nodes() == 3, 60, "the loss of the node is noticed")
     ray_hosts.switch_on(3)
 
 
 def unplug_for_long(ray_hosts: RayHosts) -> None:
     """Long enough to be given up: the raylet ends itself when it hears of that, and is started again."""
-    host = ray_hosts.workers[1]
+    host = ray_hosts.host(3)
     host.unplug()
     wait_until(lambda: ray_hosts.count_nodes() == 3, 90, "the loss of the node is noticed")
     host.plug()
@@ -84,7 +84,7 @@ def unplug_for_long(ray_hosts: RayHosts) -> None:
 
 
 def unplug_for_a_moment(ray_hosts: RayHosts) -> None:
-    host = ray_hosts.workers[1]
+    host = ray_hosts.host(3)
     host.unplug()
     time.sleep(2)
     host.plug()
@@ -136,7 +136,7 @@ def test_a_host_that_never_returns_ends_it_with_7(ray_hosts: RayHosts, tmp_path:
     recipe = str(write_recipe(tmp_path, "gone", 5000, SAVE))
     attached = Attached(ray_hosts.address, recipe, "--nodes", "4", *OPTIONS, "--capacity-timeout", "8s")
     wait_for_step(folder, 10)
-    ray_hosts.workers[1].kill()
+    ray_hosts.host(3).kill()
     try:
         assert attached.end() == 7, attached.output
         assert "3 of 4 nodes" in attached.output
@@ -152,7 +152,7 @@ def test_an_elastic_run_goes_on_smaller_and_grows_back(ray_hosts: RayHosts, unbr
     recipe = str(write_recipe(tmp_path, "elastic", 600, SAVE))
     attached = Attached(ray_hosts.address, recipe, "--nodes", "2..4", *OPTIONS)
     wait_for_step(folder, 10)
-    ray_hosts.workers[1].kill()
+    ray_hosts.host(3).kill()
     wait_until(lambda: [e["world_size"] for e in events_of(folder) if e["event"] == "start"] == [4, 2], 120, "it goes on with two nodes")
     ray_hosts.switch_on(3)
     wait_until(lambda: [e["world_size"] for e in events_of(folder) if e["event"] == "start"] == [4, 2, 4], 150, "it grows back")
@@ -172,7 +172,7 @@ def test_a_drained_node_is_left_after_a_save(ray_hosts: RayHosts, unbroken: dict
         ray_hosts.address, str(write_recipe(tmp_path, "drained", STEPS, "save: {every_steps: 1000}\n")), "--nodes", "4", *OPTIONS
     )
     wait_for_step(folder, 20)
-    host = ray_hosts.workers[1]
+    host = ray_hosts.host(3)
     node = ray_hosts.node_id(host)
     ray_hosts.head.run(
         "ray", "drain-node", f"--address={ray_hosts.head.address}:6379", f"--node-id={node}", "--reason=DRAIN_NODE_REASON_PREEMPTION",
@@ -240,7 +240,7 @@ def test_a_node_with_another_version_is_named(ray_hosts: RayHosts, tmp_path: Pat
     odd = tmp_path / "odd/peft-0.0.1.dist-info"
     odd.mkdir(parents=True)
     (odd / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.0.1\n")
-    ray_hosts.workers[2].kill()
+    ray_hosts.host(4).kill()
     wait_until(lambda: ray_hosts.count_nodes() == 3, 60, "the node is gone")
     try:
         ray_hosts.switch_on(4, PYTHONPATH=f"{odd.parent}:{os.environ.get('PYTHONPATH', '')}")
@@ -248,7 +248,7 @@ def test_a_node_with_another_version_is_named(ray_hosts: RayHosts, tmp_path: Pat
         assert done.returncode == 5, done.stdout + done.stderr
         assert "0.0.1 on node4" in done.stderr and "peft" in done.stderr
     finally:
-        ray_hosts.workers[-1].kill()
+        ray_hosts.host(4).kill()
         ray_hosts.switch_on(4)
         shutil.rmtree(odd.parent)
 
