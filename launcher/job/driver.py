@@ -16,12 +16,13 @@ import signal
 import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launcher.errors import LauncherError, Stopped
+from launcher.errors import DataError, LauncherError, Stopped
 from launcher.job.capacity import describe_places, find_fitting, holding_nodes, load_nodes, make_need, wait_for_nodes
 from launcher.job.group import Group, GroupFailed, ask_to_stop, end_workers, naming_losses, run_group, start_spares, start_workers
 from launcher.job.lines import Merger, format_origin
@@ -77,9 +78,7 @@ def _run(plan: Plan, choice: Choice, secrets: dict[str, str], speaker: Speaker, 
 
     folder = open_run_folder(choice, plan.recipe)
     with hold_run(folder):
-        shutil.copy(GIVEN, folder.recipe)
-        plan.save(folder.plan)
-        write_status(folder, "running", pid=os.getpid(), host=platform.node())
+        _fill_folder(folder, plan)
         if choice.note:
             speaker.say({"event": "note", "text": choice.note})
         secrets = {**{name: os.environ[name] for name in plan.cluster.ray.secrets if name in os.environ}, **secrets}
@@ -89,16 +88,30 @@ def _run(plan: Plan, choice: Choice, secrets: dict[str, str], speaker: Speaker, 
         try:
             Supervisor(ray, plan, folder, secrets, speaker, wish).run()
         except Stopped as error:
-            write_status(folder, "stopped", message=error.message)
+            with suppress(OSError):  # a full disk must not hide why the run ended
+                write_status(folder, "stopped", message=error.message)
             raise
         except LauncherError as error:
-            write_status(
-                folder, "failed", error=type(error).__name__, message=error.message, remedy=error.remedy, exit_code=error.exit_code
-            )
+            facts = {"error": type(error).__name__, "message": error.message, "remedy": error.remedy, "exit_code": error.exit_code}
+            with suppress(OSError):
+                write_status(folder, "failed", **facts)
             raise
         finally:
             ray.shutdown()
         write_status(folder, "finished")
+
+
+def _fill_folder(folder: RunFolder, plan: Plan) -> None:
+    """Write the recipe as it was given, the plan, and that the run runs. Raises DataError where the storage is full or read-only."""
+    try:
+        shutil.copy(GIVEN, folder.recipe)
+        plan.save(folder.plan)
+        write_status(folder, "running", pid=os.getpid(), host=platform.node())
+    except OSError as error:
+        raise DataError(
+            f"the run folder {folder.path} cannot be written, seen from the head: {error.strerror}",
+            "free space on the storage, or name another with --storage",
+        ) from None
 
 
 class StopWish:

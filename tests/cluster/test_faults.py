@@ -223,7 +223,7 @@ def test_a_head_that_dies_is_followed_by_the_same_command(ray_hosts: RayHosts, u
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("size", "said"), [("8k", "no run folder can be made"), ("200k", "full")])
+@pytest.mark.parametrize(("size", "said"), [("8k", "cannot be written"), ("200k", "full")])
 def test_a_full_storage_is_named(size: str, said: str, ray_hosts: RayHosts, tmp_path: Path) -> None:
     """Too full for the run folder, or filling up while it trains. One small disk that all hosts mount."""
     ray_hosts.wait_for_nodes(4)
