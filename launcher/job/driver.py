@@ -25,7 +25,7 @@ from typing import Any
 from launcher.errors import DataError, LauncherError, Stopped
 from launcher.job.capacity import describe_places, find_fitting, holding_nodes, load_nodes, make_need, wait_for_nodes
 from launcher.job.group import Group, GroupFailed, ask_to_stop, end_workers, naming_losses, run_group, start_spares, start_workers
-from launcher.job.lines import Merger, format_origin
+from launcher.job.lines import HOLD_S, Merger, format_origin
 from launcher.job.messages import Speaker, make_result
 from launcher.job.package import GIVEN, Order, load_order, load_secrets
 from launcher.job.policy import Failure, GiveUp, decide
@@ -86,7 +86,7 @@ def _run(plan: Plan, choice: Choice, secrets: dict[str, str], speaker: Speaker, 
         ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
         signal.signal(signal.SIGTERM, wish.note_signal)  # after Ray, which puts its own handlers there
         try:
-            Supervisor(ray, plan, folder, secrets, speaker, wish).run()
+            Supervisor(ray, plan, folder, choice.newest.step if choice.newest else 0, secrets, speaker, wish).run()
         except Stopped as error:
             with suppress(OSError):  # a full disk must not hide why the run ended
                 write_status(folder, "stopped", message=error.message)
@@ -137,11 +137,13 @@ class StopWish:
 class Supervisor:
     """Groups of one run, one after the other, until the run ends."""
 
-    def __init__(self, ray: Any, plan: Plan, folder: RunFolder, secrets: dict[str, str], speaker: Speaker, wish: StopWish) -> None:
-        self.ray, self.plan, self.folder, self.secrets, self.speaker, self.wish = ray, plan, folder, secrets, speaker, wish
+    def __init__(
+        self, ray: Any, plan: Plan, folder: RunFolder, committed: int, secrets: dict[str, str], speaker: Speaker, wish: StopWish
+    ) -> None:
+        self.ray, self.plan, self.folder, self.committed = ray, plan, folder, committed
+        self.secrets, self.speaker, self.wish = secrets, speaker, wish
         self.sizes = find_sizes(plan)
         self.failures: list[Failure] = []
-        self.committed = 0
         self.merger = Merger()
         self.spares: list[Any] = []
         self.held: set[str] = set()
@@ -207,6 +209,7 @@ class Supervisor:
             plan.save(self.folder.plan)
             run_group(self.ray, group, plan, self._show, partial(self._hear, group), partial(self._watch, plan, seats))
         finally:
+            self._say_lines(group, time.monotonic() + HOLD_S)
             end_workers(self.ray, group.workers)
 
     def _nodes_are_there(self) -> bool:
@@ -242,14 +245,17 @@ class Supervisor:
 
     def _hear(self, group: Group, rank: int, news: News) -> None:
         """Pass on what workers print, once for all that print the same."""
-        hosts = dict(enumerate(group.hosts))
         now = time.monotonic()
         self.merger.add(rank, news.lines, now)
+        self._say_lines(group, now)
+        if news.noise:
+            text, origin = "\n".join(news.noise), format_origin((rank,), dict(enumerate(group.hosts)))
+            self.speaker.say({"event": "log", "origin": origin, "ranks": (rank,), "text": text, "quiet": True})
+
+    def _say_lines(self, group: Group, now: float) -> None:
+        hosts = dict(enumerate(group.hosts))
         for line in self.merger.take(now):
             self.speaker.say({"event": "log", "origin": format_origin(line.ranks, hosts), "ranks": line.ranks, "text": line.text})
-        if news.noise:
-            text = "\n".join(news.noise)
-            self.speaker.say({"event": "log", "origin": format_origin((rank,), hosts), "ranks": (rank,), "text": text, "quiet": True})
 
     def _watch(self, plan: Plan, seats: list[dict[str, Any]], group: Group) -> None:
         """At each turn while a group trains: does somebody, or the cluster, want it to save and end?"""
