@@ -150,42 +150,39 @@ def follow(client: JobSubmissionClient, submission_id: str, show: Callable[[Even
 
 
 async def _follow(client: JobSubmissionClient, submission_id: str, show: Callable[[Event], None]) -> LauncherError | None:
-    heard, result, stray = 0, None, list[str]()
+    heard, stray = 0, list[str]()
     lost_at: float | None = None
     while True:
-        try:
+        with contextlib.suppress(ClusterError):  # a tail that breaks off tells nothing: the job's state does
             async for line in _tail(client, submission_id):
-                lost_at = None
                 event = read_message(line)
                 if event is None:
                     stray = [*stray[-20:], line] if not line.startswith(MARK) else stray
-                    continue
-                if event["number"] <= heard:
-                    continue
-                heard = event["number"]
-                if event["event"] == "result":
-                    result = event
-                else:
+                elif event["number"] > heard:
+                    heard, lost_at = event["number"], None
                     show(event)
+        try:
             job = find_job(client, submission_id)
+            events = load_events(client, job) if job.is_over else []
         except (ClusterError, DataError) as error:
-            if result is not None:
-                return make_error(result)
             lost_at = lost_at or time.monotonic()
-            if time.monotonic() - lost_at > (FORGOTTEN_S if isinstance(error, DataError) else GIVE_UP_S):
-                what = (
-                    "was started anew and no longer knows the run"
-                    if isinstance(error, DataError)
-                    else f"has not answered for {GIVE_UP_S:.0f} s"
-                )
-                raise ClusterError(
-                    f"the cluster {what}: {error.message}", "the same command continues the run on a cluster that is up"
-                ) from None
-            await asyncio.sleep(RECONNECT_S)
-            continue
-        if job.is_over:
-            return _conclude(job, result, stray)
+            _check_patience(error, time.monotonic() - lost_at)
+        else:
+            lost_at = None
+            if job.is_over:
+                for event in events:  # what came after the tail broke off
+                    if event["number"] > heard:
+                        show(event)
+                return _conclude(job, find_result(events), stray)
         await asyncio.sleep(RECONNECT_S)
+
+
+def _check_patience(error: LauncherError, lost_s: float) -> None:
+    """Raises ClusterError where a cluster has been away, or has not known the run, for too long."""
+    forgotten = isinstance(error, DataError)
+    if lost_s > (FORGOTTEN_S if forgotten else GIVE_UP_S):
+        what = "was started anew and no longer knows the run" if forgotten else f"has not answered for {GIVE_UP_S:.0f} s"
+        raise ClusterError(f"the cluster {what}: {error.message}", "the same command continues the run on a cluster that is up") from None
 
 
 async def _tail(client: JobSubmissionClient, submission_id: str) -> AsyncIterator[str]:
@@ -261,8 +258,12 @@ def load_events(client: JobSubmissionClient, job: Job) -> list[Event]:
 
 def load_end(client: JobSubmissionClient, job: Job) -> LauncherError | None:
     """What a job that is over ended with."""
-    result = next((event for event in reversed(load_events(client, job)) if event["event"] == "result"), None)
-    return _conclude(job, result, []) if job.is_over else None
+    return _conclude(job, find_result(load_events(client, job)), []) if job.is_over else None
+
+
+def find_result(events: list[Event]) -> Event | None:
+    """The driver's last word, if it had time for one."""
+    return next((event for event in reversed(events) if event["event"] == "result"), None)
 
 
 def load_progress(client: JobSubmissionClient, job: Job) -> dict[str, Any]:
