@@ -67,6 +67,8 @@ class Cluster(Spec):
     """Bytes of a machine's memory."""
     bf16: bool = False
     """Whether the devices compute in bf16 natively (compute capability 8.0 and up; avx512_bf16 or amx_bf16)."""
+    price_per_device_hour: PositiveFloat | None = None
+    """What one device costs an hour, in any currency: the dry run estimates the cost of a run from it."""
     ray: RayOptions = RayOptions()
     """How a run is placed on a Ray cluster."""
 

@@ -25,6 +25,7 @@ from launcher.job.policy import (
     GiveUp,
     Kind,
     Retry,
+    count_failure,
     decide,
     find_cause,
     name_kind,
@@ -126,3 +127,11 @@ def test_patience_follows_the_steps() -> None:
     assert stall_limit_s([30.0, 31.0, 500.0], None) == STALL_STEPS * 31.0
     assert stall_limit_s([30.0], 15.0) == 15.0
     assert stall_limit_s([], 15.0) == PHASE_STALL_S
+
+
+def test_a_node_found_lost_is_counted_with_what_it_caused() -> None:
+    lost = fail(kind="node lost", step=0, committed=10)
+    counted = count_failure([fail(kind="network", step=12, committed=10)], lost)
+    assert [(failure.kind, failure.step) for failure in counted] == [("node lost", 12)]
+    assert len(count_failure(counted, lost)) == 2  # but a node that comes and goes is counted
+    assert len(count_failure([], lost)) == 1

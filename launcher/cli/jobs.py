@@ -36,6 +36,7 @@ def run_on_cluster(
     as_json: bool,
 ) -> None:
     """Plan, send and follow a run. Where only the cluster reaches the model or the data, the plan is made there."""
+    from launcher.cli.planning import check_fits, show_dry_run
     from launcher.job.client import describe_access, describe_cluster, find_api_url, load_nodes, open_client
     from launcher.job.package import FILES, Order, read_secrets
     from launcher.job.submit import submit
@@ -48,14 +49,13 @@ def run_on_cluster(
     cluster = describe_cluster(load_nodes(client), cluster.model_copy(update={"address": url}), workers)
     recipe = recipe.model_copy(update={"output_dir": choose_storage(recipe, cluster)})
     plan = _try_plan(recipe, cluster, str(path.parent.resolve()))
-    if plan:
-        if not (dry_run and as_json):
-            print_plan(plan, told)
-        plan = dataclasses.replace(plan, base_dir=FILES)
-    if dry_run and plan:
-        if as_json:
-            print_json(plan.to_dict())
+    if plan and dry_run:
+        show_dry_run(recipe, plan, explain=False, html=None, as_json=as_json)
         return
+    if plan:
+        print_plan(plan, told)
+        check_fits(plan, told)
+        plan = dataclasses.replace(plan, base_dir=FILES)
     print(f"cluster    {access}", file=told)
     if warning:
         print(f"warning: {warning}", file=sys.stderr)

@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from launcher.job.package import GoingOn
     from launcher.plan import Plan
     from launcher.recipe import Recipe
+    from launcher.resuming import Choice
     from launcher.run import RunFolder
 
 
@@ -42,7 +44,19 @@ def run(
         list[str] | None,
         typer.Option(metavar="KEY", help="Go on although this key of the recipe differs from the checkpoint's.", show_default=False),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan with the memory it needs, and stop. Exit code 3: it does not fit.")
+    ] = False,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Plan for this device, such as h100-80gb or rtx-4090.")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option(min=1, help="How many a machine has, with --gpu; how many of a machine take part, on a cluster.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(metavar="SIZE", help="Plan for, and hold each device to, this much, such as 24GiB.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="A dry run that also shows what was considered for each auto.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="A dry run that also writes a page with the memory's timeline.")] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUES", help="Plan at each of several values: seq_len=2k,8k,32k nodes=1..8.")
+    ] = None,
     storage: Annotated[str | None, typer.Option(help="A folder that all nodes share, for run folders.", show_default=False)] = None,
     capacity_timeout: Annotated[
         str | None, typer.Option(metavar="TIME", help="How long to wait for nodes: 90s, 10m, 2h. [default: 10m]")
@@ -56,31 +70,61 @@ def run(
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune what the recipe says; the word run may be left out."""
-    from launcher.progress import make_summary
+    from launcher.cli.planning import check_fits, make_budget_override, show_dry_run, show_sweep
+    from launcher.plan.sweep import is_axis
     from launcher.recipe import load_recipe
-    from launcher.resuming import choose_run, continue_plan, open_run_folder
-    from launcher.run import hold_run, read_events
-    from launcher.view import print_plan, print_summary, summary_facts
+    from launcher.resuming import choose_run, continue_plan
 
-    told = sys.stderr if as_json else sys.stdout
-    path, changes = locate_named_recipe(recipe), tuple(overrides or ())
+    path, changes = locate_named_recipe(recipe), tuple(overrides or ()) + make_budget_override(budget)
+    dry_run = dry_run or explain or bool(html) or bool(sweep)
     options = make_ray_options(storage, capacity_timeout, cpus_per_worker, label, secret)
-    loaded, chosen = load_recipe(path, changes), choose_cluster(cluster, nodes, workers, accelerator, options, dry_run=dry_run)
+
+    def cluster_of(machines: dict[str, str]) -> Cluster:
+        """The cluster, with what a sweep says of it in place of the command line."""
+        many = machines.get("nodes", nodes)
+        each = int(machines.get("gpus_per_node", gpus_per_node or 0)) or None
+        return choose_cluster(
+            cluster, many, workers, accelerator, options, gpu=machines.get("gpu", gpu), gpus_per_node=each, dry_run=dry_run
+        )
+
+    if sweep:
+        axes = [*sweep, *(change for change in changes if is_axis(change))]
+        kept = tuple(change for change in changes if not is_axis(change))
+
+        def plan_with(more: tuple[str, ...], where: Cluster) -> Plan:
+            varied = load_recipe(path, kept + more)
+            return make_checked_plan(varied, path, where, Path(varied.output_dir).absolute() / varied.name)
+
+        show_sweep(axes, plan_with, cluster_of, as_json=as_json)
+        return
+    loaded, chosen = load_recipe(path, changes), cluster_of({})
     if is_elsewhere(chosen, dry_run):
         from launcher.cli.jobs import run_on_cluster
 
         going_on: GoingOn = {"fresh": fresh, "resume": resume or "", "allow_changed": tuple(allow_changed or ())}
-        run_on_cluster(loaded, path, changes, chosen, workers, going_on, dry_run=dry_run, detach=detach, as_json=as_json)
+        each = workers or gpus_per_node
+        run_on_cluster(loaded, path, changes, chosen, each, going_on, dry_run=dry_run, detach=detach, as_json=as_json)
         return
     choice = choose_run(loaded, fresh=fresh or resume is not None)
     plan = make_checked_plan(loaded, path, chosen, choice.path)
     plan = continue_plan(plan, choice, resume=resume, allow_changed=tuple(allow_changed or ()))
-    if dry_run and as_json:
-        print_json(plan.to_dict())
-        return
-    print_plan(plan, told)
     if dry_run:
+        show_dry_run(loaded, plan, explain=explain, html=html, as_json=as_json)
         return
+    _run_plan(plan, choice, path, changes, as_json=as_json, check=check_fits)
+
+
+def _run_plan(
+    plan: Plan, choice: Choice, path: Path, changes: tuple[str, ...], *, as_json: bool, check: Callable[[Plan, TextIO], None]
+) -> None:
+    from launcher.progress import make_summary
+    from launcher.resuming import open_run_folder
+    from launcher.run import hold_run, read_events
+    from launcher.view import print_plan, print_summary, summary_facts
+
+    told = sys.stderr if as_json else sys.stdout
+    print_plan(plan, told)
+    check(plan, told)
     _check_startable(plan)
     folder = open_run_folder(choice, plan.recipe)
     with hold_run(folder):
@@ -113,16 +157,21 @@ def choose_cluster(
     accelerator: Literal["cpu", "cuda"] | None,
     options: dict[str, Any] | None = None,
     *,
+    gpu: str | None = None,
+    gpus_per_node: int | None = None,
     dry_run: bool = False,
 ) -> Cluster:
-    """The cluster of that name, file or address, or this machine, with what the command line asks for. Raises ClusterError.
+    """The cluster of that name, file or address, this machine, or a device of the catalogue, with what the command line asks for.
 
     Without a name, a run on one node stays on this machine, whatever else runs here; one on several goes to the cluster
-    that this machine belongs to; and a dry run is for machines like this one.
+    that this machine belongs to; and a dry run is for machines like this one. Raises ClusterError.
     """
+    from launcher.cli.planning import choose_planned_cluster
     from launcher.cluster import Cluster, find_local_cluster, load_cluster, locate_cluster, make_node_range
 
     least, most = make_node_range(nodes) if nodes else (None, None)
+    if gpu is not None:
+        return choose_planned_cluster(gpu, most, gpus_per_node or workers, file=Path(name) if name else None, dry_run=dry_run)
     file = locate_cluster(name) if name else None
     if file:
         cluster = load_cluster(file)
@@ -130,6 +179,9 @@ def choose_cluster(
         cluster = Cluster(name=name or "auto", address=name or os.environ.get("RAY_ADDRESS", "auto"))
     else:
         cluster = find_local_cluster(workers, accelerator)
+    if gpus_per_node is not None and cluster.address == "local":
+        raise ClusterError("--gpus-per-node says how many of a device that --gpu names", "add --gpu NAME, or use --workers")
+    workers = workers or gpus_per_node
     if accelerator and accelerator != cluster.accelerator and "accelerator" in cluster.model_fields_set:
         raise ClusterError(
             f"--accelerator {accelerator}: {file or 'this machine'} says {cluster.accelerator}",

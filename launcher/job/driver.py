@@ -28,7 +28,7 @@ from launcher.job.group import Group, GroupFailed, ask_to_stop, end_workers, nam
 from launcher.job.lines import HOLD_S, Merger, format_origin
 from launcher.job.messages import Speaker, make_result
 from launcher.job.package import GIVEN, Order, load_order, load_secrets
-from launcher.job.policy import Failure, GiveUp, decide
+from launcher.job.policy import Failure, GiveUp, count_failure, decide
 from launcher.job.preflight import check_reports, meeting_folder
 from launcher.job.worker import News
 from launcher.plan import Plan, make_plan
@@ -164,7 +164,7 @@ class Supervisor:
                 {"event": "note", "text": f"{self.leaving}: the run saved at step {self.committed or failure.step} and goes on"}
             )
             return
-        self.failures.append(failure)
+        self.failures = count_failure(self.failures, failure)
         decision = decide(self.failures)
         if isinstance(decision, GiveUp):
             raise decision.error
@@ -323,7 +323,7 @@ def find_sizes(plan: Plan) -> Sequence[int]:
             resized = resize(plan, nodes)
         except LauncherError:
             continue
-        if nodes == most or resized.memory.total <= resized.cluster.device_memory:
+        if nodes == most or resized.memory.device("total").p50 <= resized.memory.budget:
             sizes.append(nodes)
     return sizes
 

@@ -252,6 +252,8 @@ def _name_ray_error(error: Any, where: str) -> tuple[LauncherError, Kind]:
     if isinstance(cause, exceptions.OutOfMemoryError):
         message = f"{where}: the node ran out of memory, and Ray ended the worker"
         return OutOfMemory(message, "use more nodes, a smaller micro-batch or a shorter seq_len"), "error"
+    if isinstance(cause, exceptions.ActorUnavailableError):
+        return TrainingError(f"the connection to {where} broke", "see that its node is up and `ray start` runs on it"), "worker died"
     if isinstance(cause, exceptions.RayActorError):
         reason = " ".join(str(cause).split())
         if any(sign in reason for sign in NODE_GONE):

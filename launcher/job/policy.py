@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Literal
 
@@ -110,6 +110,12 @@ def decide(failures: Sequence[Failure]) -> Retry | GiveUp:
     pause_s = 0.0 if len(since) == 1 else min(LONGEST_PAUSE_S, 2.0 ** len(since))
     start = f"from step {last.committed}" if last.committed else "from the start: nothing was committed yet"
     return Retry(pause_s, f"{last.error.message}; starting again {start} (failure {len(since)} of at most {MAX_FAILURES} without a commit)")
+
+
+def count_failure(failures: Sequence[Failure], failure: Failure) -> list[Failure]:
+    """The failures with one more. A node that is found lost before the next group stepped is what the last failure was about."""
+    same_event = failures and failure.kind == "node lost" and failure.step == 0 and failures[-1].kind != "node lost"
+    return [*failures[:-1], replace(failure, step=failures[-1].step)] if same_event else [*failures, failure]
 
 
 def _since_progress(failures: Sequence[Failure]) -> list[Failure]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from launcher.errors import BudgetError, ClusterError, DataError, LauncherError, ModelError
 from launcher.plan import Plan
-from launcher.units import DTYPE_BYTES, GIB, format_bytes
+from launcher.units import GIB, format_bytes
 from launcher.versions import read_version
 
 SAME_EVERYWHERE = ("torch", "deepspeed", "ray", "transformers", "peft", "bitsandbytes")
@@ -137,8 +137,7 @@ def _check_storage(plan: Plan, reports: Sequence[NodeReport], arrived: set[str])
     ]
     if faults:
         raise ClusterError(f"{Path(plan.run_dir).parent} is not shared by all nodes: {'; '.join(faults)}", remedy)
-    saved = plan.trainable_params if plan.recipe.method.kind in ("lora", "qlora") else plan.num_params
-    needed = saved * DTYPE_BYTES[plan.layout.dtype]
+    needed = plan.memory.disk.run_folder_bytes
     for free, least, what in (
         *((report.storage_free, needed, f"the storage, seen from {report.host},") for report in reports[:1]),
         *((report.scratch_free, SCRATCH, f"the disk of {report.host}") for report in reports),
@@ -148,9 +147,7 @@ def _check_storage(plan: Plan, reports: Sequence[NodeReport], arrived: set[str])
 
 
 def _check_memory(plan: Plan, reports: Sequence[NodeReport]) -> None:
-    if plan.layout.accelerator != "cpu":
-        return
-    needed = plan.memory.total * plan.layout.workers_per_node
+    needed = plan.memory.host.p50
     for report in reports:
         if report.memory_available < needed:
             raise BudgetError(
