@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/cluster"), str(ROOT)]
 
 from conftest import RayHosts, open_cluster  # noqa: E402
 from hosts import STORAGE, Host  # noqa: E402
-from runs import Attached, environment, events_of, run_folder, wait_until, write_recipe  # noqa: E402
+from runs import Attached, environment, events_of, lepton, run_folder, wait_until, write_recipe  # noqa: E402
 from tiny import write_conversations, write_model  # noqa: E402
 
 STEPS, SAVE_EVERY, STRIKE_AT_S = 100_000, 20, 25.0
@@ -84,9 +84,7 @@ def ours(hosts: RayHosts, folder: Path, name: str, fault: Callable[[RayHosts, st
         return measure(hosts, steps, committed, lambda: fault(hosts, "ray::Worker.train"))
     finally:
         attached.process.kill()
-        os.system(
-            f"RAY_AUTH_TOKEN=$RAY_AUTH_TOKEN {sys.executable} -m launcher.cli stop {name} --cluster {hosts.address} --grace 5s >/dev/null 2>&1"
-        )
+        lepton(hosts.address, "stop", name, "--grace", "5s")
 
 
 def theirs(hosts: RayHosts, folder: Path, name: str, fault: Callable[[RayHosts, str], None]) -> dict[str, Any]:
@@ -120,12 +118,10 @@ def theirs(hosts: RayHosts, folder: Path, name: str, fault: Callable[[RayHosts, 
 
 def measure(hosts: RayHosts, steps: Callable[[], list[Step]], committed: Callable[[], int], strike: Callable[[], None]) -> dict[str, Any]:
     wait_until(lambda: len(steps()) > 2 and steps()[-1].time - steps()[0].time > STRIKE_AT_S, 240, "the run steps")
-    group, saved, struck = steps()[-1].group, committed(), time.time()
+    before, saved, struck = steps()[-1], committed(), time.time()  # ours takes back what was not committed: read it now
     strike()
-    wait_until(lambda: steps()[-1].group > group, 300, "it steps again")
-    taken = steps()
-    before = [step for step in taken if step.group == group][-1]
-    after = next(step for step in taken if step.group > group)
+    wait_until(lambda: steps()[-1].group > before.group, 300, "it steps again")
+    after = next(step for step in steps() if step.group > before.group)
     resumed = after.number - 1
     return {
         "seconds_to_step": round(after.time - struck, 2),
