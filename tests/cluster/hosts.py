@@ -119,7 +119,7 @@ class Network:
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(self.disk)], check=True)
         self.prefix = _free_prefix()
         self.keeper, self.pid = _start_keeper("--net", then="ip link add br0 type bridge; ip link set br0 up; ip link set lo up")
-        self.uplink = f"lp{os.getpid() % 100000}"
+        self.uplink = f"lp{self.prefix.rsplit('.', 1)[1]}-{os.getpid() % 100000}"
         self._cable("up0", self.uplink, os.getpid())
         for words in (["addr", "add", f"{self.prefix}.254/24", "dev", self.uplink], ["link", "set", self.uplink, "up"]):
             subprocess.run(["ip", *words], check=True)
