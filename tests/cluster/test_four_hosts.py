@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import RayHosts
 from hosts import STORAGE
 from ranks import Ranks, fine_tune, losses
+from rayhosts import RayHosts
 from runs import Attached, events_of, lepton, losses_of, run_folder, status_of, wait_for_step, write_recipe
 from tiny import plan_tiny
 
@@ -109,7 +109,8 @@ def test_what_no_node_finds_is_named_before_any_training(ray_hosts: RayHosts, tm
 
 
 def test_stop_saves_and_the_same_command_continues(ray_hosts: RayHosts, tmp_path: Path) -> None:
-    recipe, folder = str(write_recipe(tmp_path, "halted", steps=60)), run_folder(ray_hosts.storage, "halted")
+    """It saves after each step, so that the stop falls into a save."""
+    recipe, folder = str(write_recipe(tmp_path, "halted", 60, "save: {every_steps: 1}\n")), run_folder(ray_hosts.storage, "halted")
     submit = [recipe, "--nodes", "4", *CLUSTER]
     first = Attached(ray_hosts.address, *submit)
     wait_for_step(folder, 5)
