@@ -26,7 +26,7 @@ method: {{kind: lora, r: 4}}
 data: {{train: {storage}/tiny/train.jsonl, eval: {storage}/tiny/eval.jsonl, seq_len: 64}}
 batch: {{global_batch_size: 8, micro_batch_size: 1}}
 optim: {{lr: 3.0e-3}}
-schedule: {{max_steps: {steps}, epochs: 1000}}
+schedule: {{kind: constant, warmup_steps: 2, max_steps: {steps}, epochs: 1000}}
 parallel: {{zero_stage: 2}}
 track: {{to: []}}
 """

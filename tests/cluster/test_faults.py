@@ -160,7 +160,8 @@ def test_an_elastic_run_goes_on_smaller_and_grows_back(ray_hosts: RayHosts, unbr
     assert attached.end() == 6, attached.output
     mine = losses_of(folder)
     assert sorted(mine) == list(range(1, max(mine) + 1))
-    assert [mine[step] for step in range(1, 11)] == pytest.approx([unbroken[step] for step in range(1, 11)], abs=1e-5)
+    # The learning rate is constant, so a longer run's first steps are the unbroken run's, whatever the number of nodes.
+    assert [mine[step] for step in sorted(unbroken)] == pytest.approx([unbroken[step] for step in sorted(unbroken)], abs=1e-4)
 
 
 @pytest.mark.long

@@ -26,7 +26,7 @@ def one_host_losses(two_ranks: Ranks, tiny: Path, tmp_path_factory: pytest.TempP
         model={"dtype": "fp32"},
         batch={"global_batch_size": 8, "micro_batch_size": 1},
         optim={"lr": 3e-3, "weight_decay": 0.0, "max_grad_norm": 1.0},
-        schedule={"max_steps": 12, "epochs": 1000.0, "warmup_steps": None},
+        schedule={"kind": "constant", "max_steps": 12, "epochs": 1000.0, "warmup_steps": 2},
         parallel={"zero_stage": 2},
     )
     return losses(two_ranks.run(fine_tune, plan)[0])
