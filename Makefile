@@ -42,6 +42,9 @@ test-long: dev  ## the matrices that are too long for each commit
 gpu-check:  ## the loop on a GPU, under torchrun: no Ray needed, nothing is installed (PYTHON=... of an environment with torch for CUDA)
 	$(PYTHON) -m pytest -m gpu tests/gpu
 
+recipe-heads: dev  ## write anew what the heads of recipes/ say they need
+	PYTHONPATH=tests $(BIN)/python tests/recipe_heads.py
+
 lint: dev  ## style, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

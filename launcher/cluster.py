@@ -11,7 +11,7 @@ import subprocess
 from pathlib import Path
 from typing import Literal
 
-from pydantic import PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from launcher.errors import ClusterError, RecipeError
 from launcher.schema import Spec, check_document, load_document
@@ -43,6 +43,8 @@ class Cluster(Spec):
     """Bytes of a machine's memory."""
     bf16: bool = False
     """Whether the devices compute in bf16 natively (compute capability 8.0 and up; avx512_bf16 or amx_bf16)."""
+    price_per_device_hour: PositiveFloat | None = None
+    """What one device costs an hour, in any currency: the dry run estimates the cost of a run from it."""
 
 
 def load_cluster(path: Path) -> Cluster:

@@ -180,6 +180,15 @@ def _describe_eval(event: Event) -> str:
     return f"held-out ({when}): loss {format_loss(event['loss'])}, perplexity {format_perplexity(event['perplexity'])}"
 
 
+def describe_memory(figures: dict[str, dict[str, float]]) -> str:
+    """What was measured beside what was planned: "memory: allocated 10.1 GiB (planned 10.0 GiB, +1%)"."""
+    told = [
+        f"{name} {format_bytes(figure['measured'])} (planned {format_bytes(figure['predicted'])}, {figure['error']:+.0%})"
+        for name, figure in figures.items()
+    ]
+    return "memory: " + ", ".join(told)
+
+
 def _describe_step(event: Event) -> str:
     width = len(str(event["total_steps"]))
     return f"step {event['step']:>{width}}/{event['total_steps']}  {_step_facts(event)}"
@@ -188,7 +197,8 @@ def _describe_step(event: Event) -> str:
 def _step_facts(event: Event) -> str:
     facts = [f"loss {format_loss(event['loss'])}", f"lr {event['lr']:.1e}", f"{format_count(round(event['tokens_per_s']))} tok/s"]
     if event.get("memory_bytes"):
-        facts.append(format_bytes(event["memory_bytes"]))
+        planned = f" of {format_bytes(event['memory_planned_bytes'])} planned" if event.get("memory_planned_bytes") else ""
+        facts.append(format_bytes(event["memory_bytes"]) + planned)
     return "  ".join(facts)
 
 
@@ -199,6 +209,7 @@ _DESCRIBE: dict[str, Callable[[Event], str]] = {
     "eval": _describe_eval,
     "samples": lambda event: f"answered the sample prompts, {event['when']} training",
     "step": _describe_step,
+    "memory": lambda event: describe_memory(event["figures"]),
     "early_stop": lambda event: (
         f"stopped early at step {event['step']}: best held-out loss {format_loss(event['best_loss'])} at step {event['best_step']}"
     ),

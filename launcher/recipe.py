@@ -15,6 +15,7 @@ from pydantic import Field, PositiveFloat, PositiveInt, field_validator
 
 from launcher.errors import Fault, RecipeError
 from launcher.schema import Document, Spec, check_document, find_tagged, load_document
+from launcher.units import make_bytes
 
 Auto = Literal["auto"]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -73,6 +74,8 @@ class Lora(Spec):
     """Learn magnitude and direction apart (Liu et al. 2024); slower."""
     init: Literal["default", "pissa"] = "default"
     """How adapters start: default is zero output, pissa the principal singular vectors (Meng et al. 2024)."""
+    quantization: Auto | None = None
+    """auto lets the plan make this a qlora (8 or 4 bits, same adapters) where the base would not fit as it is."""
 
 
 class QLora(Spec):
@@ -201,8 +204,10 @@ class Schedule(Spec):
 class Parallel(Spec):
     """How the model is spread over the devices (DeepSpeed ZeRO, Rajbhandari et al. 2019)."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    """0 replicates; 1 shards optimizer states; 2 also gradients; 3 also weights."""
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = 2
+    """0 replicates; 1 shards optimizer states; 2 also gradients; 3 also weights; auto is the fastest that fits."""
+    offload: Auto | None = None
+    """auto lets the plan choose offload_optimizer and offload_param; without it they are as written."""
     offload_optimizer: bool = False
     """Keep optimizer states in host memory (stages 1 to 3)."""
     offload_param: bool = False
@@ -214,8 +219,24 @@ class Parallel(Spec):
 class Memory(Spec):
     """What is given up to fit."""
 
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass (non-reentrant) instead of keeping them."""
+    gradient_checkpointing: bool | Auto = True
+    """Recompute activations in the backward pass (non-reentrant) instead of keeping them; auto does so where it must."""
+    budget: str | None = None
+    """What a device may use, such as 24GiB: the plan fits it and the run is held to it. Without one, the device's memory."""
+
+    @field_validator("budget")
+    @classmethod
+    def _with_unit(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                make_bytes(value)
+            except ValueError:
+                raise ValueError("should be a size with its unit, such as 24GiB or 80GB") from None
+        return value
+
+    @property
+    def budget_bytes(self) -> int | None:
+        return None if self.budget is None else make_bytes(self.budget)
 
 
 class Save(Spec):
@@ -339,6 +360,11 @@ Conflict = tuple[str, str, str]
 """Key, what is wrong, what to do."""
 
 
+def find_conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    """What does not go together in a whole recipe, such as one that a plan has changed."""
+    return _find_conflicts(dict(recipe))
+
+
 def _find_conflicts(sections: dict[str, Any]) -> Iterator[Conflict]:
     """What no section can see by itself. Each check takes the sections it names."""
     for check in _CHECKS:
@@ -352,12 +378,23 @@ def _check_method(method: Any) -> Iterator[Conflict]:
         yield "method", "freeze trains nothing", "set method.last_layers or method.patterns"
     if isinstance(method, QLora) and method.bits == 8 and method.quant_type != "nf4":
         yield "method.quant_type", "is a 4-bit code, and method.bits is 8", "drop method.quant_type or set method.bits to 4"
+    if isinstance(method, Lora) and method.quantization and method.init == "pissa":
+        yield (
+            "method.quantization",
+            "pissa takes the adapters from the weights as they are, which a quantised base has not",
+            "drop one of the two",
+        )
     if isinstance(method, Lora) and method.dora and method.init == "pissa":
         yield "method.init", "pissa changes the base, and method.dora measures it: no plain adapter says the two", "drop one of the two"
 
 
 def _check_parallel(parallel: Parallel) -> Iterator[Conflict]:
     stage = parallel.zero_stage
+    if parallel.offload == "auto" and (parallel.offload_optimizer or parallel.offload_param):
+        key = "offload_optimizer" if parallel.offload_optimizer else "offload_param"
+        yield f"parallel.{key}", "is chosen by the plan where parallel.offload is auto", "drop one of the two"
+    if stage == "auto":
+        return
     if parallel.offload_param and stage != 3:
         yield "parallel.offload_param", f"needs ZeRO stage 3, and parallel.zero_stage is {stage}", "set parallel.zero_stage to 3"
     if parallel.offload_optimizer and stage == 0:

@@ -40,8 +40,8 @@ def print_error(error: LauncherError, stream: TextIO) -> None:
         console.print(Text.assemble(("  → ", "bold green"), error.remedy), soft_wrap=True)
 
 
-def print_plan(plan: Plan, stream: TextIO) -> None:
-    """The plan as a panel on a terminal, as labelled lines in a pipe."""
+def print_plan(plan: Plan, stream: TextIO, without: tuple[str, ...] = ()) -> None:
+    """The plan as a panel on a terminal, as labelled lines in a pipe; without what is told in full elsewhere."""
     from rich.panel import Panel
     from rich.table import Table
     from rich.text import Text
@@ -49,7 +49,7 @@ def print_plan(plan: Plan, stream: TextIO) -> None:
     from launcher.plan.describe import describe_plan
 
     console = make_console(stream)
-    lines = describe_plan(plan)
+    lines = [(label, text) for label, text in describe_plan(plan) if label not in without]
     if not console.is_terminal:
         for label, text in [("plan", plan.recipe.name), *lines]:
             print(f"{label:<11}{text}" if label else f"{'':<11}· {text}", file=stream)

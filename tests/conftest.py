@@ -16,10 +16,11 @@ from tiny import write_conversations, write_model
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Tests keep tokens and converted weights to themselves."""
+    """Tests keep tokens and converted weights to themselves, and know of no calibration."""
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(cache))
+        patch.setenv("XDG_CONFIG_HOME", str(cache / "config"))
         yield cache
 
 

@@ -151,8 +151,13 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(recipe: Path, jobs: list[Pl
 
 
 def test_a_dry_run_for_a_program_is_the_plan(recipe: Path) -> None:
-    plan = json.loads(invoke(recipe, "--dry-run", "--json").stdout)
-    assert plan["recipe"]["name"] == "tiny" and plan["layout"]["workers_per_node"] == min(2, len(os.sched_getaffinity(0)))
+    document = json.loads(invoke(recipe, "--dry-run", "--json").stdout)
+    plan = document["plan"]
+    assert (
+        document["verdict"] == "FITS"
+        and plan["recipe"]["name"] == "tiny"
+        and plan["layout"]["workers_per_node"] == min(2, len(os.sched_getaffinity(0)))
+    )
 
 
 def test_a_run_leaves_its_recipe_and_its_plan_and_shows_what_it_came_to(recipe: Path, jobs: list[Plan]) -> None:
@@ -208,14 +213,14 @@ def test_workers_nodes_and_cluster_reach_the_plan(recipe: Path) -> None:
                     "cpus_per_node: 64\ndevice_memory: 80000000000\nhost_memory: 800000000000\nbf16: true\n")  # fmt: skip
     plan = json.loads(
         invoke(recipe, "batch.global_batch_size=32", "--cluster", file, "--nodes", 4, "--workers", 2, "--dry-run", "--json").stdout
-    )
+    )["plan"]
     assert (plan["layout"]["nodes"], plan["layout"]["workers_per_node"], plan["layout"]["dtype"]) == (4, 2, "bf16")
 
 
 def test_a_machine_with_gpus_can_be_told_to_use_its_cpu(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster, "find_gpus", lambda: [("NVIDIA T4", 16 << 30, 7.5)])
     monkeypatch.setattr(cluster, "cpu_has_bf16", lambda: False)
-    plan = json.loads(invoke(recipe, "--accelerator", "cpu", "--dry-run", "--json").stdout)
+    plan = json.loads(invoke(recipe, "--accelerator", "cpu", "--dry-run", "--json").stdout)["plan"]
     assert (plan["layout"]["backend"], plan["layout"]["dtype"], plan["cluster"]["device_name"]) == ("gloo", "fp32", "CPU")
 
 

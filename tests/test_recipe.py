@@ -19,7 +19,7 @@ data:
 """Four lines; what a test adds begins at line 5."""
 SECTIONS = "batch, data, evaluate, memory, method, model, name, optim, output_dir, parallel, save, schedule, seed, track"
 OPTIM_KEYS = "betas, eps, lr, max_grad_norm, momentum, name, weight_decay"
-LORA_KEYS = "alpha, dora, dropout, init, kind, r, rslora, target_modules"
+LORA_KEYS = "alpha, dora, dropout, init, kind, quantization, r, rslora, target_modules"
 SCALE = "Peak learning rate."
 
 
@@ -120,8 +120,8 @@ NOT_THERE = "is needed and is not there"
         ("seed: true\n", fault("r.yaml:5", "seed", "true should be a valid integer", "Seeds the adapters, dropout and the order of the data.")),
         (
             "memory: {gradient_checkpointing: yes}\n",
-            fault("r.yaml:5", "memory.gradient_checkpointing", "'yes' should be a valid boolean",
-                  "Recompute activations in the backward pass (non-reentrant) instead of keeping them."),
+            fault("r.yaml:5", "memory.gradient_checkpointing", "'yes' should be a valid boolean or should be 'auto'",
+                  "Recompute activations in the backward pass (non-reentrant) instead of keeping them; auto does so where it must."),
         ),
         ("optim:\n", fault("r.yaml:5", "optim", "null should be a mapping of keys", "The optimizer.")),
         (
@@ -139,8 +139,8 @@ NOT_THERE = "is needed and is not there"
                   "Samples one rank takes through the model at a time."),
         ),
         # choices
-        ("parallel: {zero_stage: 4}\n", fault("r.yaml:5", "parallel.zero_stage", "4 should be 0, 1, 2 or 3",
-                                              "0 replicates; 1 shards optimizer states; 2 also gradients; 3 also weights.")),
+        ("parallel: {zero_stage: 4}\n", fault("r.yaml:5", "parallel.zero_stage", "4 should be 0, 1, 2, 3 or 'auto'",
+                                              "0 replicates; 1 shards optimizer states; 2 also gradients; 3 also weights; auto is the fastest that fits.")),
         ("track: {to: [wandbb]}\n", fault("r.yaml:5", "track.to.0", "'wandbb' should be 'tensorboard', 'wandb' or 'mlflow'", "did you mean wandb?")),
         ("method:\n  kind: qlor\n", fault("r.yaml:6", "method.kind", "'qlor' is not one of full, freeze, lora, qlora", "did you mean qlora?")),
         ("method:\n  kind: prefix\n", fault("r.yaml:6", "method.kind", "'prefix' is not one of full, freeze, lora, qlora")),

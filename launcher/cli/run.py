@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, TextIO
 
@@ -14,6 +15,7 @@ from launcher.cli.app import VERBS, JsonOption, OverridesArgument, RecipeArgumen
 from launcher.errors import BudgetError, ClusterError, Fault, RecipeError
 
 if TYPE_CHECKING:
+    from launcher.cli.resuming import Choice
     from launcher.cluster import Cluster
     from launcher.plan import Plan
     from launcher.recipe import Recipe
@@ -36,28 +38,65 @@ def run(
         list[str] | None,
         typer.Option(metavar="KEY", help="Go on although this key of the recipe differs from the checkpoint's.", show_default=False),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the plan with the memory it needs, and stop. Exit code 3: it does not fit.")
+    ] = False,
+    gpu: Annotated[str | None, typer.Option(metavar="NAME", help="Plan for this device, such as h100-80gb or rtx-4090.")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1, help="With --gpu: how many a machine has; 1 unless told.")] = None,
+    budget: Annotated[str | None, typer.Option(metavar="SIZE", help="Plan for, and hold each device to, this much, such as 24GiB.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="A dry run that also shows what was considered for each auto.")] = False,
+    html: Annotated[Path | None, typer.Option(metavar="FILE", help="A dry run that also writes a page with the memory's timeline.")] = None,
+    sweep: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUES", help="Plan at each of several values: seq_len=2k,8k,32k nodes=1..8.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fine-tune what the recipe says; the word run may be left out."""
-    from launcher.cli.resuming import choose_run, continue_plan, open_run_folder
-    from launcher.progress import make_summary
+    from launcher.cli.planning import check_fits, make_budget_override, show_dry_run, show_sweep
+    from launcher.cli.resuming import choose_run, continue_plan
+    from launcher.plan.sweep import is_axis
     from launcher.recipe import load_recipe
+
+    path, changes = locate_named_recipe(recipe), tuple(overrides or ()) + make_budget_override(budget)
+    dry_run = dry_run or explain or bool(html) or bool(sweep)
+
+    def cluster_of(machines: dict[str, str]) -> Cluster:
+        """The cluster, with what a sweep says of it in place of the command line."""
+        many = int(machines.get("nodes", nodes or 0)) or None
+        each = int(machines.get("gpus_per_node", gpus_per_node or 0)) or None
+        return choose_cluster(cluster, many, workers, accelerator, gpu=machines.get("gpu", gpu), gpus_per_node=each, dry_run=dry_run)
+
+    if sweep:
+        axes = [*sweep, *(change for change in changes if is_axis(change))]
+        kept = tuple(change for change in changes if not is_axis(change))
+
+        def plan_with(more: tuple[str, ...], where: Cluster) -> Plan:
+            varied = load_recipe(path, kept + more)
+            return make_checked_plan(varied, path, where, Path(varied.output_dir).absolute() / varied.name)
+
+        show_sweep(axes, plan_with, cluster_of, as_json=as_json)
+        return
+    loaded, chosen = load_recipe(path, changes), cluster_of({})
+    choice = choose_run(loaded, fresh=fresh or resume is not None)
+    plan = make_checked_plan(loaded, path, chosen, choice.path)
+    plan = continue_plan(plan, choice, resume=resume, allow_changed=tuple(allow_changed or ()))
+    if dry_run:
+        show_dry_run(loaded, plan, explain=explain, html=html, as_json=as_json)
+        return
+    _run_plan(plan, choice, path, changes, as_json=as_json, check=check_fits)
+
+
+def _run_plan(
+    plan: Plan, choice: Choice, path: Path, changes: tuple[str, ...], *, as_json: bool, check: Callable[[Plan, TextIO], None]
+) -> None:
+    from launcher.cli.resuming import open_run_folder
+    from launcher.progress import make_summary
     from launcher.run import hold_run, read_events
     from launcher.view import print_plan, print_summary, summary_facts
 
     told = sys.stderr if as_json else sys.stdout
-    path, changes = locate_named_recipe(recipe), tuple(overrides or ())
-    loaded, chosen = load_recipe(path, changes), choose_cluster(cluster, nodes, workers, accelerator)
-    choice = choose_run(loaded, fresh=fresh or resume is not None)
-    plan = make_checked_plan(loaded, path, chosen, choice.path)
-    plan = continue_plan(plan, choice, resume=resume, allow_changed=tuple(allow_changed or ()))
-    if dry_run and as_json:
-        print_json(plan.to_dict())
-        return
     print_plan(plan, told)
-    if dry_run:
-        return
+    check(plan, told)
     _check_startable(plan)
     folder = open_run_folder(choice, plan.recipe)
     with hold_run(folder):
@@ -83,10 +122,24 @@ def locate_named_recipe(name_or_path: str) -> Path:
         raise
 
 
-def choose_cluster(file: Path | None, nodes: int | None, workers: int | None, accelerator: Literal["cpu", "cuda"] | None) -> Cluster:
-    """The cluster of the file or of this machine, with what the command line asks for. Raises ClusterError."""
+def choose_cluster(
+    file: Path | None,
+    nodes: int | None,
+    workers: int | None,
+    accelerator: Literal["cpu", "cuda"] | None,
+    *,
+    gpu: str | None = None,
+    gpus_per_node: int | None = None,
+    dry_run: bool = False,
+) -> Cluster:
+    """The cluster of the file, of this machine, or of a device of the catalogue, with what the command line asks for. Raises ClusterError."""
+    from launcher.cli.planning import choose_planned_cluster
     from launcher.cluster import find_local_cluster, load_cluster
 
+    if gpu is not None:
+        return choose_planned_cluster(gpu, nodes, gpus_per_node or workers, file=file, dry_run=dry_run)
+    if gpus_per_node is not None:
+        raise ClusterError("--gpus-per-node says how many of a device that --gpu names", "add --gpu NAME, or use --workers")
     cluster = load_cluster(file) if file else find_local_cluster(workers, accelerator)
     if accelerator and accelerator != cluster.accelerator:
         raise ClusterError(

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from launcher.errors import Fault, RecipeError
+from launcher.recipe import Batch
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """A micro-batch is not made larger than this without being asked: beyond it, kernels gain nothing."""
@@ -22,24 +22,29 @@ class BatchPlan:
     seq_len: int
 
 
-def make_batch(
-    *, global_batch_size: int, micro_batch_size: int | str, ranks: int, seq_len: int, accelerator: str, fits: Callable[[int], bool]
-) -> BatchPlan:
-    """The batch plan; `fits` says whether a micro-batch fits the memory. Raises RecipeError if it does not divide."""
+def check_batch(*, global_batch_size: int, micro_batch_size: int | str, ranks: int) -> None:
+    """Raises RecipeError where the global batch does not divide by the ranks, or a rank's share by the micro-batch."""
     if global_batch_size % ranks:
         near = sorted({max(ranks, global_batch_size // ranks * ranks), -(-global_batch_size // ranks) * ranks})
         raise RecipeError([Fault("plan", "batch.global_batch_size", f"{global_batch_size} is not divisible by {ranks} ranks",
                                  f"use {' or '.join(map(str, near))}, or another number of workers")])  # fmt: skip
     share = global_batch_size // ranks
-    if micro_batch_size == "auto":
-        divisors = [size for size in range(share, 0, -1) if share % size == 0]
-        allowed = [size for size in divisors if size == 1 or (size * seq_len <= MICRO_BATCH_TOKENS[accelerator] and fits(size))]
-        micro = allowed[0]
-    else:
-        micro = int(micro_batch_size)
-        if share % micro:
-            raise RecipeError([Fault("plan", "batch.micro_batch_size",
-                                     f"{micro} does not divide a rank's share {share} of batch.global_batch_size {global_batch_size} over {ranks} ranks",
-                                     f"use one of {', '.join(str(s) for s in range(1, share + 1) if share % s == 0)}, or auto")])  # fmt: skip
-    return BatchPlan(global_batch_size=global_batch_size, micro_batch_size=micro, gradient_accumulation_steps=share // micro,
-                     data_parallel_size=ranks, seq_len=seq_len)  # fmt: skip
+    if micro_batch_size != "auto" and share % int(micro_batch_size):
+        raise RecipeError([Fault("plan", "batch.micro_batch_size",
+                                 f"{micro_batch_size} does not divide a rank's share {share} of batch.global_batch_size {global_batch_size} over {ranks} ranks",
+                                 f"use one of {', '.join(str(s) for s in range(1, share + 1) if share % s == 0)}, or auto")])  # fmt: skip
+
+
+def list_micro_batches(batch: Batch, *, ranks: int, seq_len: int, accelerator: str) -> list[int]:
+    """Micro-batch sizes to choose from: those that divide a rank's share and hold no more tokens than kernels gain from; largest first."""
+    if batch.micro_batch_size != "auto":
+        return [batch.micro_batch_size]
+    share = batch.global_batch_size // ranks
+    most = MICRO_BATCH_TOKENS[accelerator]
+    return [size for size in range(share, 0, -1) if share % size == 0 and (size == 1 or size * seq_len <= most)]
+
+
+def make_batch(*, global_batch_size: int, micro_batch_size: int, ranks: int, seq_len: int) -> BatchPlan:
+    """The batch plan of a micro-batch that divides (`check_batch`)."""
+    return BatchPlan(global_batch_size=global_batch_size, micro_batch_size=micro_batch_size, data_parallel_size=ranks,
+                     gradient_accumulation_steps=global_batch_size // ranks // micro_batch_size, seq_len=seq_len)  # fmt: skip

@@ -76,9 +76,9 @@ def _describe_data(plan: Plan) -> str:
 
 
 def _describe_memory(plan: Plan) -> str:
-    parts = {name: getattr(plan.memory, name) for name in plan.memory.__dataclass_fields__}
-    total = plan.memory.total
-    shown = [f"{name} {format_bytes(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]) if size >= total / 100]
-    per = "a GPU" if plan.layout.accelerator == "cuda" else "a worker"
-    verdict = "" if total <= plan.cluster.device_memory else "  DOES NOT FIT"
-    return f"about {format_bytes(total)} of {format_bytes(plan.cluster.device_memory)} {per}{verdict} = {' + '.join(shown)}"
+    memory = plan.memory
+    need, per = memory.device("total"), "a GPU" if plan.layout.accelerator == "cuda" else "a worker"
+    shown = [f"{part.name} {format_bytes(part.bytes)}" for part in sorted(memory.decisive.components, key=lambda part: -part.bytes)
+             if part.bytes >= need.p50 / 100]  # fmt: skip
+    return (f"{memory.verdict}: about {format_bytes(need.p50)}, at most {format_bytes(need.p95)} of {format_bytes(memory.budget)} {per}"
+            f" ({memory.decisive_phase}) = {' + '.join(shown)}")  # fmt: skip

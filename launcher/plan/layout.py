@@ -61,6 +61,9 @@ def make_layout(recipe: Recipe, cluster: Cluster) -> tuple[Layout, list[str]]:
         raise RecipeError([Fault("plan", "model.liger_kernel", f"needs {missing}", "use auto")])
     liger = cuda and liger is not False and _installed("liger_kernel")
     parallel, stage = recipe.parallel, recipe.parallel.zero_stage
+    checkpointing = recipe.memory.gradient_checkpointing
+    if stage == "auto" or checkpointing == "auto":
+        raise ValueError("a layout is made of a recipe that leaves nothing to choose (launcher.plan.solve)")
     quantised = isinstance(recipe.method, QLora)
     pissa = isinstance(recipe.method, Lora) and recipe.method.init == "pissa"
     dora = isinstance(recipe.method, Lora) and recipe.method.dora
@@ -85,7 +88,7 @@ def make_layout(recipe: Recipe, cluster: Cluster) -> tuple[Layout, list[str]]:
         offload_param=parallel.offload_param,
         zero_init=zero_init,
         leaf_modules=leaf,
-        gradient_checkpointing=recipe.memory.gradient_checkpointing,
+        gradient_checkpointing=checkpointing,
     )
     return layout, notes
 

@@ -1,46 +1,62 @@
-"""What one device needs: a first honest estimate, in closed form.
+"""The memory plan of a run: states, activations and buffers put together, phase by phase, for the rank that needs most.
 
-Sources: docs/plan.md tells the arithmetic in words. States follow DeepSpeed 0.19.8
-(runtime/zero/stage_1_and_2.py, stage3.py), quantisation bitsandbytes 0.50.2 (blocks of 64, nested of 256),
-activations a Llama layer with memory-efficient attention.
+docs/plan.md tells the arithmetic in words. The parts: what is held (states.py), what a micro-step holds (tape.py, decoder.py,
+step.py), what ZeRO-3 gathers (gathering.py), what torch's allocator makes of it (allocator.py), the host and the disk (host.py).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
+from launcher.cluster import Cluster
+from launcher.plan.allocator import replay as replay_allocator
+from launcher.plan.batch import BatchPlan
+from launcher.plan.budget import COMPONENTS, Component, FigureName, MemoryPlan, Phase, Provenance
+from launcher.plan.decoder import CLOSED_FORMS
+from launcher.plan.gathering import Gathered, gather
+from launcher.plan.host import make_disk, make_host_phases, make_network
 from launcher.plan.layout import Layout
+from launcher.plan.profile import Peak, StepProfile, profile_evaluation, profile_step
 from launcher.plan.shape import ModelShape
-from launcher.recipe import Freeze, Full, Lora, Optim, QLora, Recipe
-from launcher.units import DTYPE_BYTES
-
-NF4_DOUBLE_QUANT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-NF4_BYTES = 0.5 + 4 / 64
-INT8_BYTES = 1.0
-
-STATE_BYTES = {
-    "adamw": 8.0, "paged_adamw": 8.0, "adamw_8bit": 2 + 8 / 256, "paged_adamw_8bit": 2 + 8 / 256,
-    "sgd": 0.0, "lion": 4.0, "lion_8bit": 1 + 4 / 256, "adafactor": 4.0,
-}  # fmt: skip
-"""Optimizer state, bytes a trained parameter. Adafactor sees flat partitions, so it cannot factor."""
+from launcher.plan.states import Counts, Sharding, States, count_states, make_states
+from launcher.plan.timeline import Story, tell_step
+from launcher.plan.workload import MethodFacts, Workload
+from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
+from launcher.units import DTYPE_BYTES, GIB, MIB
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryEstimate:
-    """Bytes a rank at the peak of a step, part by part."""
+class Overheads:
+    """What does not follow from the model: constants of a machine, each with its relative error. `lepton-launch calibrate` measures them."""
 
-    weights: int
-    trainable: int
-    gradients: int
-    master: int
-    optimizer: int
-    activations: int
-    logits: int
-    buckets: int
+    library_workspace: int = 2 * 8 * MIB + MIB // 4
+    """cuBLAS keeps 8.125 MiB a handle and stream; two of them are what 8 readings on an A100 lack (MEMORY.md, 2.)."""
+    library_error: float = 1.0
+    context: int = 500 * MIB
+    """The driver's part of a device: CUDA context and loaded kernels."""
+    context_error: float = 0.4
+    nccl: int = 400 * MIB
+    """Buffers of the communicators, where there is more than one rank."""
+    nccl_error: float = 1.0
+    libraries: int = 900 * MIB
+    """Resident memory of a worker with torch, transformers, DeepSpeed and peft imported, on this project's CPU machine."""
+    libraries_error: float = 0.25
 
-    @property
-    def total(self) -> int:
-        return self.weights + self.trainable + self.gradients + self.master + self.optimizer + self.activations + self.logits + self.buckets
+
+DEFAULT_OVERHEADS = Overheads()
+
+
+def method_facts(recipe: Recipe) -> MethodFacts:
+    """The recipe's method as the arithmetic takes it."""
+    method = recipe.method
+    if isinstance(method, Full):
+        return MethodFacts(trains="all")
+    if isinstance(method, Freeze):
+        return MethodFacts(trains="some", last_layers=method.last_layers, patterns=method.patterns)
+    facts = MethodFacts(trains="adapters", r=method.r, target_modules=method.target_modules, dropout=method.dropout, dora=method.dora)
+    return replace(facts, bits=method.bits, double_quant=method.double_quant) if isinstance(method, QLora) else facts
 
 
 def count_trainable(recipe: Recipe, shape: ModelShape) -> int:
@@ -53,53 +69,260 @@ def count_trainable(recipe: Recipe, shape: ModelShape) -> int:
     return shape.num_params
 
 
-def estimate_memory(recipe: Recipe, shape: ModelShape, layout: Layout, micro_batch_size: int, bucket: int) -> MemoryEstimate:
-    """The parts at the peak of a step. `bucket` is DeepSpeed's reduce bucket, in elements."""
-    ranks, stage, width = layout.world_size, layout.zero_stage, DTYPE_BYTES[layout.dtype]
-    trained = count_trainable(recipe, shape)
-    frozen_bytes = _frozen_bytes(recipe, shape, width, trained)
-    tokens = micro_batch_size * recipe.data.seq_len
-    part = trained / ranks
-    on_device = 0.0 if layout.offload_optimizer else 1.0
-    sharded = 1 / ranks if stage == 3 else 1.0
-    working_layer = shape.layer_params * width * (2 if stage == 3 else 0)
-    return MemoryEstimate(
-        weights=int(frozen_bytes * (0 if layout.offload_param else sharded) + working_layer),
-        trainable=int(trained * width * (0 if layout.offload_param else sharded)),
-        gradients=int((part if stage >= 2 else trained) * width * on_device),
-        master=int((part if stage >= 1 else trained) * on_device * (4 if width < 4 or stage >= 1 else 0)),
-        optimizer=int((part if stage >= 1 else trained) * STATE_BYTES[recipe.optim.name] * on_device + _momentum(recipe.optim, part)),
-        activations=int(_activation_bytes(recipe, shape, layout, tokens, width)),
-        logits=int(12 * shape.vocab_size * tokens),
-        buckets=int(bucket * width) if stage >= 1 else 0,
+def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan) -> Workload:
+    """What one rank computes in a micro-step."""
+    flat = layout.packs_flat
+    return Workload(
+        shape=shape,
+        method=method_facts(recipe),
+        width=DTYPE_BYTES[layout.dtype],
+        device=layout.accelerator,
+        attention=layout.attn_implementation,  # type: ignore[arg-type]
+        loss="plain",
+        checkpointing="on" if layout.gradient_checkpointing else "off",
+        micro_batch_size=batch.micro_batch_size,
+        seq_len=batch.seq_len,
+        # The last position predicts nothing. Which others carry no loss is in the data, so all are counted.
+        loss_columns=(batch.micro_batch_size * batch.seq_len if flat else batch.seq_len) - 1,
+        # Padding is a sequence of its own (train/data.py), and needs the mask that packs do.
+        packed=recipe.data.packing or batch.micro_batch_size > 1,
     )
 
 
-def _momentum(optim: Optim, part: float) -> float:
-    return 4 * part if optim.name == "sgd" and optim.momentum else 0.0
+def make_sharding(layout: Layout, deepspeed: Mapping[str, Any]) -> Sharding:
+    """The buffers and thresholds of a DeepSpeed configuration."""
+    zero = deepspeed["zero_optimization"]
+    return Sharding(
+        ranks=layout.world_size, stage=layout.zero_stage, bucket=zero["reduce_bucket_size"], overlap=bool(zero["overlap_comm"]),
+        offload_optimizer=layout.offload_optimizer, offload_param=layout.offload_param,
+        prefetch=zero.get("stage3_prefetch_bucket_size", 0), persistence=zero.get("stage3_param_persistence_threshold", 0),
+        max_reuse=zero.get("stage3_max_reuse_distance", 0), sub_group=zero.get("sub_group_size", 1_000_000_000), zero_init=layout.zero_init,
+        leaf_modules=layout.leaf_modules,
+    )  # fmt: skip
 
 
-def _frozen_bytes(recipe: Recipe, shape: ModelShape, width: int, trained: int) -> float:
-    method = recipe.method
-    if isinstance(method, Full):
-        return 0.0
-    if isinstance(method, Freeze):
-        return (shape.num_params - trained) * width
-    if isinstance(method, Lora):
-        return shape.num_params * width
-    quantised = shape.num_layers * shape.layer_linear_params
-    per_weight = INT8_BYTES if method.bits == 8 else NF4_DOUBLE_QUANT_BYTES if method.double_quant else NF4_BYTES
-    return quantised * per_weight + (shape.num_params - quantised) * width
+def predict_memory(
+    recipe: Recipe,
+    shape: ModelShape,
+    layout: Layout,
+    batch: BatchPlan,
+    cluster: Cluster,
+    *,
+    deepspeed: Mapping[str, Any],
+    budget: int | None = None,
+    replay: bool = True,
+    overheads: Overheads = DEFAULT_OVERHEADS,
+    expandable_segments: bool = False,
+    profile: StepProfile | None = None,
+) -> MemoryPlan:
+    """What the run needs, phase by phase. `deepspeed` is its configuration; `budget` is the device's memory unless told.
+
+    With `replay` the allocator is simulated and every layer computed; without, its slack is a share and a deep model's layers are
+    extrapolated: for a search over thousands of candidates. `profile` is a traced micro-step, for a model that has no closed form.
+    """
+    work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
+    counts = count_states(work)
+    states = make_states(
+        counts, sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
+        micro_steps=batch.gradient_accumulation_steps,
+    )  # fmt: skip
+    notes: list[str] = []
+    if profile is None and not (shape.is_known and shape.model_type in CLOSED_FORMS):
+        notes.append(
+            f"activations: counted as those of a Llama of the same sizes, because a {shape.model_type} has no exact arithmetic here (try --trace)"
+        )
+        work = replace(work, shape=as_llama(shape))
+    parts = Parts(work, sharding, counts, states, batch.gradient_accumulation_steps)
+    phases = _make_phases(parts, profile, exact=replay, known=not notes)
+    story = (
+        tell_step(parts.work, states, sharding, parts.keeps, batch.gradient_accumulation_steps)
+        if replay and layout.accelerator == "cuda"
+        else None
+    )
+    limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
+    slack = _make_slack(phases, story, expandable_segments, limit)
+    finished = tuple(
+        Phase(name=name, components=_finish(components, slack[name], layout, overheads, sharding)) for name, components in phases.items()
+    )
+    held = profile.host_checkpoints if profile is not None else 0
+    notes += _find_notes(parts)
+    host = make_host_phases(recipe, shape, layout, states, counts, finished, overheads.libraries, overheads.libraries_error, held)
+    return MemoryPlan(
+        phases=finished,
+        host_phases=host,
+        disk=make_disk(recipe, shape, counts, work.width),
+        network_bytes=make_network(counts, sharding, work.width, batch.gradient_accumulation_steps),
+        budget=budget if budget is not None else cluster.device_memory,
+        host_budget=cluster.host_memory if cluster.host_memory > 1 else None,
+        notes=tuple(notes),
+    )
 
 
-def _activation_bytes(recipe: Recipe, shape: ModelShape, layout: Layout, tokens: int, width: int) -> float:
-    """What the backward pass needs, all layers; with checkpointing their inputs and one layer in full."""
-    hidden, inner = shape.hidden_size, shape.intermediate_size
-    query, key_value, heads = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim, shape.num_heads
-    half = 16 * hidden + 8 + 8 * inner + 4 * query + 4 * key_value + 4 * heads
-    if isinstance(recipe.method, Lora | QLora):
-        half += 14 * recipe.method.r - 4 * hidden
-    layer = half * width / 2 * tokens
-    if not layout.gradient_checkpointing:
-        return shape.num_layers * layer
-    return shape.num_layers * width * hidden * tokens + layer + 2 * width * inner * tokens
+def as_llama(shape: ModelShape) -> ModelShape:
+    """A Llama of the same widths and depth."""
+    config = {"model_type": "llama", "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size,
+              "num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads,
+              "head_dim": shape.head_dim, "vocab_size": shape.vocab_size, "tie_word_embeddings": shape.tied_embeddings}  # fmt: skip
+    return replace(shape, model_type="llama", config=config)
+
+
+@dataclass(slots=True)
+class Parts:
+    """What phases are put together from."""
+
+    work: Workload
+    sharding: Sharding
+    counts: Counts
+    states: States
+    micro_steps: int
+
+    @property
+    def keeps(self) -> bool:
+        """Whether gradients stay in their parameters until the step."""
+        return self.sharding.stage < 2
+
+
+Held = list[Component]
+
+
+def part(name: str, size: int, provenance: Provenance = "exact", error: float = 0.0, counts_in: FigureName = "allocated") -> Component:
+    return Component(name=name, bytes=size, provenance=provenance, error=error, counts_in=counts_in)
+
+
+def _make_phases(parts: Parts, traced: StepProfile | None, *, exact: bool, known: bool) -> dict[str, Held]:
+    work, states, sharding, counts = parts.work, parts.states, parts.sharding, parts.counts
+    several = parts.micro_steps > 1
+    profile = traced or profile_step(work, keep_gradients=parts.keeps, gradients_exist=parts.keeps and several, exact=exact)
+    gathered = gather(work, sharding)
+    weights = [
+        part("weights", states.weights + states.persistent),
+        part("quantisation state", states.quant_state),
+        part("adapters", states.adapters),
+    ]
+    held = [*weights, part("fp32 master", states.master), part("optimizer states", states.optimizer)]
+    gradients = [part("gradients", states.gradients, "source", 0.01)]
+    bucket = [part("buckets", states.bucket, "source", 0.01)]
+    always = bucket if states.bucket_always else []
+    early = bucket if states.bucket_always or (sharding.stage == 1 and several) else []
+    error = 0.01 if known else 0.2
+    provenance: Provenance = "exact" if known else "assumed"
+
+    def computing(peak: Peak, whole: int) -> Held:
+        return [
+            *(part(name, size, provenance, error) for name, size in peak.items() if size),
+            part("gathered parameters", whole, "source", 0.3),
+        ]
+
+    # A second flush of the bucket in backward finds the rank's own part already there.
+    mine = states.part_bytes if sharding.stage == 2 and counts.trained > sharding.bucket else 0
+    left = states.part_bytes if sharding.stage == 0 or (sharding.stage == 1 and counts.trained > sharding.bucket) else 0
+    if sharding.stage == 1 and left:
+        left = work.width * counts.trained
+    step_gradients = gradients if sharding.stage == 3 or sharding.offload_optimizer else []
+    start = max(0, states.start_peak - states.master - states.optimizer)
+    return {
+        "load": _loading(parts, gathered),
+        "engine start": [*weights, part("fp32 master", states.master), *always, *(gradients if sharding.stage == 3 else []),
+                         part("step workspace", start, "source", 0.05)],
+        "forward": [*held, *gradients, *early, *computing(profile.forward, gathered.forward)],
+        "loss": [*held, *gradients, *early, *computing(profile.loss, gathered.loss)],
+        "backward": [*held, *gradients, *bucket, part("gradients", mine, "source"), *computing(profile.backward, gathered.backward)],
+        "reduce": [*held, *gradients, *bucket, part("gradients", left, "source"), part("step workspace", states.reduce_copy, "source", 0.05)],
+        "optimizer step": [*held, *step_gradients, *always, part("step workspace", states.step_peak, "source", 0.05)],
+        "evaluation": [*held, *always, *(gradients if sharding.stage == 3 else []),
+                       *computing(profile.forward if traced else profile_evaluation(work), max(gathered.forward, gathered.loss))],
+        "save": [*held, *always, *(gradients if sharding.stage == 3 else []),
+                 part("gathered parameters", _exported_at_once(parts, gathered), "source", 0.1)],
+    }  # fmt: skip
+
+
+EXPORT_ELEMENTS = 1 << 28
+"""launcher/train/export.py gathers so many at a time."""
+
+
+def _exported_at_once(parts: Parts, gathered: Gathered) -> int:
+    if parts.sharding.stage != 3:
+        return 0
+    wanted = parts.counts.trained if parts.work.method.r else parts.work.shape.num_params
+    return 2 * max(gathered.largest, parts.work.width * min(EXPORT_ELEMENTS, wanted))
+
+
+def _loading(parts: Parts, gathered: Gathered) -> Held:
+    """Weights as they come: whole on every rank, unless the model starts sharded."""
+    work, counts, sharding, states = parts.work, parts.counts, parts.sharding, parts.states
+    if sharding.stage == 3 and sharding.zero_init:
+        return [part("weights", states.weights + states.persistent), part("adapters", states.adapters),
+                part("gathered parameters", 2 * gathered.largest, "source", 0.5)]  # fmt: skip
+    base = work.width * (sum(counts.frozen) + counts.trained - counts.adapters)
+    # A quantised weight comes in the model's dtype and is turned one at a time.
+    turning = 2 * work.width * counts.largest_quantised
+    return [part("weights", base + counts.packed_bytes), part("quantisation state", counts.quant_state_bytes),
+            part("adapters", work.width * counts.adapters), part("dequantisation workspace", turning, "source", 0.5)]  # fmt: skip
+
+
+def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, limit: int) -> dict[str, Component]:
+    """What the allocator reserves beyond what is allocated: replayed on a device of `limit` bytes, or a share where it is not."""
+    if story is None:
+        return {
+            name: part("allocator slack", int(0.06 * sum(c.bytes for c in parts)), "assumed", 1.0, "reserved")
+            for name, parts in phases.items()
+        }
+    native, growing = (replay_allocator(story.events, expandable=mode, limit=limit) for mode in (False, True))
+    chosen = growing if expandable else native
+    slack: dict[str, Component] = {}
+    reserved = 0
+    for name, parts in phases.items():
+        told = story.phase_of(name)
+        reserved = chosen[told][0] if told in chosen else reserved
+        size = max(0, reserved - sum(c.bytes for c in parts))
+        # How far apart the allocator's two modes are says how much this depends on the order of events.
+        spread = max(0.02 * reserved, abs(native[told][0] - growing[told][0]) / 2 if told in native else 0)
+        slack[name] = part("allocator slack", size, "source", spread / size if size else 0.0, "reserved")
+    return slack
+
+
+def _finish(components: Held, slack: Component, layout: Layout, overheads: Overheads, sharding: Sharding) -> tuple[Component, ...]:
+    """Components of one name made one, in the order of tables, with what lies outside of tensors."""
+    if layout.accelerator == "cpu":
+        outside = [slack, part("libraries", overheads.libraries, "fitted", overheads.libraries_error, "total")]
+    else:
+        outside = [part("library workspace", overheads.library_workspace, "fitted", overheads.library_error), slack,
+                   part("CUDA context", overheads.context, "assumed", overheads.context_error, "total")]  # fmt: skip
+        if sharding.ranks > 1:
+            outside.append(part("NCCL", overheads.nccl, "assumed", overheads.nccl_error, "total"))
+    merged: dict[str, Component] = {}
+    for component in [*components, *outside]:
+        before = merged.get(component.name)
+        merged[component.name] = component if before is None else _merge(before, component)
+    return tuple(merged[name] for name in COMPONENTS if name in merged and merged[name].bytes > 0)
+
+
+TRUST: tuple[Provenance, ...] = ("exact", "source", "fitted", "assumed")
+
+
+def _merge(a: Component, b: Component) -> Component:
+    size = a.bytes + b.bytes
+    spread = ((a.bytes * a.error) ** 2 + (b.bytes * b.error) ** 2) ** 0.5
+    weaker: Provenance = max((c.provenance for c in (a, b) if c.bytes), key=TRUST.index, default="exact")
+    return replace(a, bytes=size, error=spread / size if size else 0.0, provenance=weaker)
+
+
+def _find_notes(parts: Parts) -> list[str]:
+    """What a reader should know of the numbers, or change."""
+    work, counts, notes = parts.work, parts.counts, []
+    method, shape = work.method, work.shape
+    if method.bits != 16:
+        packed = sum(w.count * b.repeats for b in shape.inventory for w in b.weights if w.matrix)
+        if packed < 0.5 * shape.num_params:
+            notes.append(
+                f"quantisation: bitsandbytes takes linear layers only, {packed / shape.num_params:.0%} of this model; its experts stay in 16 bits"
+            )
+    logits = 12 * work.loss_columns * shape.vocab_size * (1 if work.attention == "flash_attention_2" else work.micro_batch_size)
+    if logits > 4 * GIB:
+        notes.append(f"logits: up to {logits / GIB:.1f} GiB for the loss of {work.tokens} tokens over {shape.vocab_size} words; a smaller"
+                     " batch.micro_batch_size or data.seq_len takes less")  # fmt: skip
+    if counts.trained > shape.num_params // 10 and method.r:
+        notes.append(
+            f"adapters: {counts.trained:,} parameters are trained, because target_modules reaches fused experts; name the attention's layers"
+        )
+    return notes

@@ -11,15 +11,18 @@ from typing import Any
 from launcher.checkpoint.storage import join_url
 from launcher.cluster import Cluster
 from launcher.errors import DataError, Fault, RecipeError
-from launcher.plan.batch import BatchPlan, make_batch
+from launcher.plan.batch import BatchPlan, check_batch
+from launcher.plan.budget import MemoryPlan
+from launcher.plan.calibration import apply_calibration, find_calibration, find_rates
 from launcher.plan.deepspeed import choose_bucket, make_deepspeed_config
 from launcher.plan.layout import Layout, make_layout
-from launcher.plan.memory import MemoryEstimate, count_trainable, estimate_memory
-from launcher.plan.shape import LLAMA_NAMED, ModelShape, load_shape
+from launcher.plan.memory import count_trainable, predict_memory
+from launcher.plan.shape import ModelShape, load_shape
+from launcher.plan.solve import Choice, Predict, Suggestion, apply_changes, choose, describe_choice, make_candidates, suggest_changes
 from launcher.plan.source import locate_model
 from launcher.recipe import Recipe
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PLAN_FILE = "plan.json"
 
 
@@ -36,7 +39,7 @@ class Plan:
     shape: ModelShape
     layout: Layout
     batch: BatchPlan
-    memory: MemoryEstimate
+    memory: MemoryPlan
     deepspeed: dict[str, Any]
     num_params: int
     trainable_params: int
@@ -68,7 +71,7 @@ class Plan:
             "shape": asdict(self.shape),
             "layout": asdict(self.layout),
             "batch": asdict(self.batch),
-            "memory": asdict(self.memory),
+            "memory": self.memory.to_dict(),
             "deepspeed": self.deepspeed,
             "num_params": self.num_params,
             "trainable_params": self.trainable_params,
@@ -110,7 +113,7 @@ def _read_plan(facts: dict[str, Any]) -> Plan:
         shape=ModelShape(**facts["shape"]),
         layout=Layout(**facts["layout"]),
         batch=BatchPlan(**facts["batch"]),
-        memory=MemoryEstimate(**facts["memory"]),
+        memory=MemoryPlan.from_dict(facts["memory"]),
         deepspeed=facts["deepspeed"],
         num_params=facts["num_params"],
         trainable_params=facts["trainable_params"],
@@ -133,31 +136,19 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
     """Decide everything. Reads the model's configuration, nothing else. Raises RecipeError or ModelError."""
     shape = load_shape(locate_model(recipe.model.name_or_path, base_dir), recipe.model.revision)
     _check_length(recipe, shape)
+    ranks = cluster.nodes * cluster.workers_per_node
+    check_batch(global_batch_size=recipe.batch.global_batch_size, micro_batch_size=recipe.batch.micro_batch_size, ranks=ranks)
+    choice = make_choice(recipe, shape, cluster)
+    recipe, batch, asked = choice.taken.recipe, choice.taken.batch, recipe
     layout, notes = make_layout(recipe, cluster)
     trainable = count_trainable(recipe, shape)
-    if trainable == 0 and shape.model_type in LLAMA_NAMED:
+    if trainable == 0 and shape.is_known:
         raise RecipeError(
             [Fault("plan", "method", f"trains no parameter of this {shape.model_type}", "check target_modules, last_layers or patterns")]
         )
     if trainable == 0:
-        notes.append(f"trained parameters: not counted here, because a {shape.model_type} names its layers in its own way")
-    bucket = choose_bucket(trainable)
-
-    def memory_of(micro: int) -> MemoryEstimate:
-        return estimate_memory(recipe, shape, layout, micro, bucket)
-
-    batch = make_batch(
-        global_batch_size=recipe.batch.global_batch_size,
-        micro_batch_size=recipe.batch.micro_batch_size,
-        ranks=layout.world_size,
-        seq_len=recipe.data.seq_len,
-        accelerator=layout.accelerator,
-        fits=lambda micro: memory_of(micro).total <= 0.9 * cluster.device_memory,
-    )
-    if recipe.batch.micro_batch_size == "auto":
-        notes.append(
-            f"micro-batch: {batch.micro_batch_size} × {batch.gradient_accumulation_steps} accumulation on {layout.world_size} ranks"
-        )
+        notes.append(f"trained parameters: not counted here, because the launcher does not know how a {shape.model_type} names its layers")
+    notes += describe_choice(asked, choice)
     if recipe.optim.name == "adafactor" and layout.zero_stage:
         notes.append("adafactor: ZeRO hands it flat partitions, so its second moment is not factored (4 bytes a parameter)")
     adapters = trainable if recipe.method.kind in ("lora", "qlora") else 0
@@ -167,16 +158,51 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
         shape=shape,
         layout=layout,
         batch=batch,
-        memory=memory_of(batch.micro_batch_size),
-        deepspeed=make_deepspeed_config(
-            layout, batch, max_grad_norm=recipe.optim.max_grad_norm, bucket=bucket, hidden_size=shape.hidden_size
-        ),
+        memory=choice.taken.memory or make_predictor(shape, cluster, replay=True)(recipe, layout, batch),
+        deepspeed=configure_deepspeed(recipe, shape, layout, batch),
         num_params=shape.num_params + adapters,
         trainable_params=trainable,
         run_dir=run_dir,
         base_dir=base_dir,
         notes=tuple(notes),
     )
+
+
+def make_choice(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Choice:
+    """What the plan takes where the recipe says auto, and what it looked at; one candidate where it says nothing so."""
+    device = find_rates(cluster)
+    candidates = make_candidates(recipe, shape, cluster, device, count_trainable(recipe, shape))
+    if len(candidates) == 1:
+        return Choice(taken=candidates[0], considered=(), total=1)
+    return choose(candidates, make_predictor(shape, cluster, replay=False), make_predictor(shape, cluster, replay=True))
+
+
+def make_suggestions(plan: Plan) -> list[Suggestion]:
+    """What would make a plan fit that does not."""
+
+    def trained_of(recipe: Recipe) -> int:
+        return count_trainable(recipe, plan.shape)
+
+    settled = apply_changes(plan.recipe, {"batch.micro_batch_size": plan.batch.micro_batch_size})
+    predict = make_predictor(plan.shape, plan.cluster, replay=False)
+    return suggest_changes(settled, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, predict)
+
+
+def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool) -> Predict:
+    """What predicts the memory of a recipe, its layout and its batch, for this model and cluster."""
+    measured = find_calibration(cluster)
+
+    def predict(recipe: Recipe, layout: Layout, batch: BatchPlan) -> MemoryPlan:
+        config = configure_deepspeed(recipe, shape, layout, batch)
+        memory = predict_memory(recipe, shape, layout, batch, cluster, deepspeed=config, budget=recipe.memory.budget_bytes, replay=replay)
+        return apply_calibration(memory, measured, layout.workers_per_node) if measured else memory
+
+    return predict
+
+
+def configure_deepspeed(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan) -> dict[str, Any]:
+    bucket = choose_bucket(count_trainable(recipe, shape))
+    return make_deepspeed_config(layout, batch, max_grad_norm=recipe.optim.max_grad_norm, bucket=bucket, hidden_size=shape.hidden_size)
 
 
 def _check_length(recipe: Recipe, shape: ModelShape) -> None:

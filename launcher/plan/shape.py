@@ -4,24 +4,28 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from launcher.errors import ModelError
+from launcher.plan.gguf import read_gguf_header
+from launcher.plan.inventory import HEAD_DIM, TIED_UNLESS_TOLD, Inventory, Weight
+from launcher.plan.inventory_others import GEMMA3_TEXT, is_known, make_inventory
+from launcher.plan.known import find_known
 from launcher.plan.source import ModelSource
 
-LLAMA_NAMED = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "olmo2", "smollm3", "granite",
-                         "stablelm", "cohere"})  # fmt: skip
-"""Model types whose layers bear the names that `ModelShape.linears` gives (transformers 5.23, models/*/modeling_*.py)."""
-TIED_UNLESS_TOLD = frozenset({"gpt2", "opt", "bloom", "falcon", "mpt", "gemma", "gemma2", "gemma3_text", "smollm3", "starcoder2", "cohere"})
-"""Model types whose head is the embedding where config.json leaves tie_word_embeddings out (models/*/configuration_*.py)."""
+KNOWN_HEADS = ("lm_head", "proj_out", "decoder", "classifier", "qa_outputs")
+"""Output layers, which peft's all-linear and bitsandbytes leave alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Geometry of a decoder: widths in elements, `linears` the (in, out) of one layer's linear layers."""
+    """Geometry of a model, and the part of its config.json that its parameters and activations follow from.
+
+    For an encoder or a model that sees, the numbers are those of the part that reads text.
+    """
 
     model_type: str
     hidden_size: int
@@ -35,60 +39,92 @@ class ModelShape:
     tied_embeddings: bool
     gated_mlp: bool
     has_chat_template: bool
+    config: dict[str, Any] = field(hash=False)
 
     @property
-    def linears(self) -> dict[str, tuple[int, int]]:
-        hidden, inner = self.hidden_size, self.intermediate_size
-        query, key_value = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        mlp = {"mlp.up_proj": (hidden, inner), "mlp.down_proj": (inner, hidden)}
-        if self.gated_mlp:
-            mlp["mlp.gate_proj"] = (hidden, inner)
-        return {
-            "self_attn.q_proj": (hidden, query),
-            "self_attn.k_proj": (hidden, key_value),
-            "self_attn.v_proj": (hidden, key_value),
-            "self_attn.o_proj": (query, hidden),
-            **mlp,
-        }
+    def inventory(self) -> Inventory:
+        """Every parameter; of an unknown architecture those of a Llama of the same sizes, which `is_known` tells."""
+        return _inventory_of(json.dumps(self._known_config(), sort_keys=True))
 
     @property
-    def layer_linear_params(self) -> int:
-        return sum(fan_in * fan_out for fan_in, fan_out in self.linears.values())
+    def is_known(self) -> bool:
+        """Whether the launcher knows this architecture's parameters exactly."""
+        return is_known(self.config)
+
+    def _known_config(self) -> dict[str, Any]:
+        if self.is_known:
+            return self.config
+        return {"model_type": "llama", "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
+                "num_hidden_layers": self.num_layers, "num_attention_heads": self.num_heads, "num_key_value_heads": self.num_kv_heads,
+                "head_dim": self.head_dim, "vocab_size": self.vocab_size, "tie_word_embeddings": self.tied_embeddings}  # fmt: skip
 
     @property
     def layer_params(self) -> int:
-        return self.layer_linear_params + 2 * self.hidden_size
-
-    @property
-    def embedding_params(self) -> int:
-        """Input embedding, and the output head where it is not the same weight."""
-        return self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
+        """Parameters of the largest layer."""
+        return max((block.count for block in self.inventory if block.layers), default=0)
 
     @property
     def num_params(self) -> int:
-        return self.embedding_params + self.num_layers * self.layer_params + self.hidden_size
+        return sum(block.count * block.repeats for block in self.inventory)
 
     def lora_params(self, r: int, target_modules: str | tuple[str, ...]) -> int:
-        """r · (in + out) for each linear layer that gets an adapter."""
-        chosen = [
-            shape for name, shape in self.linears.items()
-            if target_modules == "all-linear" or any(name.endswith(target) for target in target_modules)
-        ]  # fmt: skip
-        return self.num_layers * sum(r * (fan_in + fan_out) for fan_in, fan_out in chosen)
+        """Parameters of the adapters peft makes: rank · (in + out) for each matrix that gets one."""
+        total = 0
+        for block in self.inventory:
+            for weight in block.weights:
+                rank = adapter_rank(self.model_type, block.prefix, weight, r, target_modules)
+                total += block.repeats * rank * sum(weight.shape[-2:]) * (weight.shape[0] if len(weight.shape) == 3 else 1) if rank else 0
+        if self.tied_embeddings and target_modules != "all-linear" and "lm_head" in target_modules:
+            total += r * (self.vocab_size + self.hidden_size)  # the module is there, though its weight is the embedding's
+        return total
 
     def frozen_but(self, last_layers: int, patterns: tuple[str, ...]) -> int:
         """Parameters that `freeze` leaves trainable."""
-        return sum(size for name, size in self._inventory() if is_trained(name, self.num_layers, last_layers, patterns))
+        return sum(
+            weight.count
+            for block in self.inventory
+            for name, weight in block.names()
+            if is_trained(name, self.num_layers, last_layers, patterns)
+        )
 
-    def _inventory(self) -> list[tuple[str, int]]:
-        hidden = self.hidden_size
-        names = [("model.embed_tokens.weight", self.vocab_size * hidden), ("model.norm.weight", hidden)]
-        if not self.tied_embeddings:
-            names.append(("lm_head.weight", self.vocab_size * hidden))
-        for index in range(self.num_layers):
-            names += [(f"model.layers.{index}.{n}.weight", i * o) for n, (i, o) in self.linears.items()]
-            names += [(f"model.layers.{index}.{n}.weight", hidden) for n in ("input_layernorm", "post_attention_layernorm")]
-        return names
+
+@lru_cache(maxsize=64)
+def _inventory_of(config: str) -> Inventory:
+    inventory = make_inventory(json.loads(config))
+    assert inventory is not None, "asked of known architectures only"
+    return inventory
+
+
+def is_head(prefix: str, weight: Weight) -> bool:
+    """Whether a weight is an output layer's."""
+    return not prefix.count("{") and (prefix + weight.name).split(".")[0] in KNOWN_HEADS
+
+
+_FUSED_NAMES = {
+    "mixtral": {"w1": "gate_up_proj", "w3": "gate_up_proj", "w2": "down_proj", "gate": "gate.weight"},
+    **dict.fromkeys(("qwen3_moe", "deepseek_v2", "deepseek_v3"),
+                    {"gate_proj": "gate_up_proj", "up_proj": "gate_up_proj", "down_proj": "down_proj", "gate": "gate.weight"}),
+}  # fmt: skip
+"""Where peft 0.21 turns a module's name into that of a fused parameter (utils/transformers_weight_conversion.py): such an adapter
+is of all experts, and the whole stack of their weights is added to on each forward."""
+
+
+def adapter_rank(kind: str, prefix: str, weight: Weight, r: int, target_modules: str | tuple[str, ...]) -> int:
+    """The rank of the adapter peft lays on a weight of a model type, or 0. all-linear leaves the head out."""
+    fused = _FUSED_NAMES.get(kind, {})
+    every = target_modules == "all-linear"
+    name = prefix.format(0) + weight.name
+    parts = {part for old, part in fused.items() if every or any(t == old or t.endswith("." + old) for t in target_modules)}
+    if fused and any(name.endswith("." + part) for part in parts):
+        return 2 * r if name.endswith(".gate_up_proj") else r
+    if len(weight.shape) != 2 or not name.endswith(".weight"):
+        return 0
+    module = name.removesuffix(".weight")
+    if every:
+        return r if weight.matrix and not is_head(prefix, weight) and module.rpartition(".")[2] not in fused else 0
+    is_module = weight.matrix != "" or "embed" in weight.name or weight.name.startswith(("wte", "wpe"))
+    wanted = [t for t in target_modules if t.rpartition(".")[2] not in fused]
+    return r if is_module and any(module == t or module.endswith("." + t) for t in wanted) else 0
 
 
 def is_trained(name: str, num_layers: int, last_layers: int, patterns: tuple[str, ...]) -> bool:
@@ -110,6 +146,9 @@ def load_shape(source: ModelSource, revision: str | None) -> ModelShape:
     """The shape of a located model. A hub id is asked for its config.json only. Raises ModelError."""
     if source.kind == "gguf":
         return _shape_of_gguf(Path(source.path))
+    if source.kind == "hub" and revision is None and (known := find_known(source.path)) is not None:
+        shape = shape_of_config(known.config, Path(f"the shipped config.json of {known.name}"))
+        return replace(shape, has_chat_template=known.has_chat_template)
     path = Path(source.path) / "config.json" if source.kind == "folder" else _fetch_hub_config(source.path, revision)
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -118,7 +157,7 @@ def load_shape(source: ModelSource, revision: str | None) -> ModelShape:
     text_config = config.get("text_config") if isinstance(config, dict) else None
     if not isinstance(config, dict) or not isinstance(text_config or {}, dict):
         raise ModelError(f"{path} is not a JSON object", "it should be the config.json of a transformers model")
-    return _shape_of_config(text_config or config, path)
+    return shape_of_config(config, path)
 
 
 def _fetch_hub_config(name: str, revision: str | None) -> Path:
@@ -133,7 +172,11 @@ def _fetch_hub_config(name: str, revision: str | None) -> Path:
                          "check the name, the network, and HF_TOKEN for a gated model; or name a local folder") from None  # fmt: skip
 
 
-def _shape_of_config(config: dict[str, Any], path: Path) -> ModelShape:
+def shape_of_config(whole: dict[str, Any], path: Path) -> ModelShape:
+    """The shape that a config.json's values describe; `path` is where messages say they are from. Raises ModelError."""
+    kept = keep_shape(whole)
+    config = read_text_part(kept)
+
     def need(*names: str, otherwise: int | None = None) -> int:
         for name in names:
             value = config.get(name)
@@ -142,32 +185,66 @@ def _shape_of_config(config: dict[str, Any], path: Path) -> ModelShape:
             if value is not None:
                 return int(value)
         if otherwise is None:
-            raise ModelError(f"{path} has no {' or '.join(names)}", "the file is not the configuration of a causal language model")
+            raise ModelError(f"{path} has no {' or '.join(names)}", "the file is not the configuration of a language model")
         return otherwise
 
-    hidden, heads = need("hidden_size", "n_embd", "d_model"), need("num_attention_heads", "n_head", "num_heads")
-    if config.get("head_dim") is None and hidden % heads:
+    kind = str(config.get("model_type", "unknown"))
+    hidden, heads = need("hidden_size", "n_embd", "d_model"), need("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
+    width = config.get("head_dim") or config.get("d_kv") or HEAD_DIM.get(kind) or config.get("v_head_dim")
+    if width is None and hidden % heads:
         raise ModelError(f"{path}: {heads} attention heads do not divide hidden_size {hidden}", "the file is damaged or not of this model")
-    template_files = ("chat_template.jinja", "chat_template.json")
-    folder = path.parent
-    tokenizer = folder / "tokenizer_config.json"
-    has_template = any((folder / name).is_file() for name in template_files) or (
-        tokenizer.is_file() and '"chat_template"' in tokenizer.read_text(encoding="utf-8")
-    )
+    sees = kind in ("vit", "clip")
     return ModelShape(
-        model_type=str(config.get("model_type", "unknown")),
+        model_type=kind,
         hidden_size=hidden,
-        intermediate_size=need("intermediate_size", "n_inner", "ffn_dim", otherwise=4 * hidden),
-        num_layers=need("num_hidden_layers", "n_layer", "num_layers"),
+        intermediate_size=need("intermediate_size", "n_inner", "ffn_dim", "d_ff", "decoder_ffn_dim", otherwise=4 * hidden),
+        num_layers=need("num_hidden_layers", "n_layer", "num_layers", "decoder_layers"),
         num_heads=heads,
         num_kv_heads=need("num_key_value_heads", otherwise=heads),
-        head_dim=need("head_dim", otherwise=hidden // heads),
-        vocab_size=need("vocab_size"),
-        max_positions=need("max_position_embeddings", "n_positions"),
-        tied_embeddings=bool(config.get("tie_word_embeddings", config.get("model_type") in TIED_UNLESS_TOLD)),
-        gated_mlp=config.get("model_type") not in ("gpt2", "opt", "gpt_neox"),
-        has_chat_template=has_template,
+        head_dim=need("head_dim", "d_kv", otherwise=width or hidden // heads),
+        vocab_size=need("vocab_size", otherwise=1 if sees else None),
+        max_positions=need(
+            "max_position_embeddings", "n_positions", "max_target_positions", otherwise=1 if sees else 1 << 30 if kind == "t5" else None
+        ),
+        tied_embeddings=bool(config.get("tie_word_embeddings", kind in TIED_UNLESS_TOLD)),
+        gated_mlp=kind not in ("gpt2", "opt", "gpt_neox", "phi", "starcoder2", "bert", "roberta", "whisper", "vit", "clip"),
+        has_chat_template=_has_chat_template(path.parent),
+        config=kept,
     )
+
+
+def keep_shape(config: dict[str, Any]) -> dict[str, Any]:
+    """Of a config.json what sizes can follow from: numbers, words and short lists, and the parts for text and images."""
+    kept: dict[str, Any] = {
+        k: v for k, v in config.items() if isinstance(v, int | float | str | None) or (isinstance(v, list) and len(v) <= 256)
+    }
+    kept |= {k: keep_shape(config[k]) for k in ("text_config", "vision_config") if isinstance(config.get(k), dict)}
+    if isinstance(config.get("id2label"), dict):
+        kept["num_labels"] = len(config["id2label"])
+    return kept
+
+
+def read_text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a configuration that reads text: all of it, or its text_config over what stands beside it."""
+    text = config.get("text_config")
+    if not isinstance(text, dict):
+        return config
+    kind = config.get("model_type")
+    beside = {k: v for k, v in config.items() if k not in ("text_config", "vision_config")}
+    if kind == "gemma3":
+        return beside | GEMMA3_TEXT | text | {"model_type": "gemma3_text"}
+    return beside | {"model_type": f"{kind}_text"} | text
+
+
+def _has_chat_template(folder: Path) -> bool:
+    tokenizer = folder / "tokenizer_config.json"
+    return any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")) or (
+        tokenizer.is_file() and '"chat_template"' in tokenizer.read_text(encoding="utf-8")
+    )
+
+
+_GGUF_NAMES = {"qwen2moe": "qwen2_moe", "qwen3moe": "qwen3_moe", "gemma3": "gemma3_text"}
+"""GGUF's names of architectures where transformers has others."""
 
 
 def _shape_of_gguf(path: Path) -> ModelShape:
@@ -183,8 +260,13 @@ def _shape_of_gguf(path: Path) -> ModelShape:
         return value
 
     hidden, heads = need("embedding_length"), need("attention.head_count")
+    tied = "output.weight" not in header["tensor_names"]
+    config = {"model_type": _GGUF_NAMES.get(arch, arch), "hidden_size": hidden, "intermediate_size": need("feed_forward_length"),
+              "num_hidden_layers": need("block_count"), "num_attention_heads": heads, "num_key_value_heads": need("attention.head_count_kv", heads),
+              "head_dim": need("attention.key_length", hidden // heads), "vocab_size": need("vocab_size", header.get("tokenizer.ggml.tokens")),
+              "max_position_embeddings": need("context_length"), "tie_word_embeddings": tied}  # fmt: skip
     return ModelShape(
-        model_type=str(arch),
+        model_type=str(config["model_type"]),
         hidden_size=hidden,
         intermediate_size=need("feed_forward_length"),
         num_layers=need("block_count"),
@@ -193,61 +275,8 @@ def _shape_of_gguf(path: Path) -> ModelShape:
         head_dim=need("attention.key_length", hidden // heads),
         vocab_size=need("vocab_size", header.get("tokenizer.ggml.tokens")),
         max_positions=need("context_length"),
-        tied_embeddings="output.weight" not in header["tensor_names"],
+        tied_embeddings=tied,
         gated_mlp=True,
         has_chat_template="tokenizer.chat_template" in header,
+        config=config,
     )
-
-
-_GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_GGUF_STRING, _GGUF_ARRAY = 8, 9
-
-
-def read_gguf_header(path: Path) -> dict[str, Any]:
-    """Keys and values of a GGUF file (spec: ggml docs/gguf.md, versions 2 and 3) plus "tensor_names".
-
-    An array is given by its length: what is needed of one is how many tokens it lists.
-    """
-    try:
-        with path.open("rb") as file:
-            magic, version = struct.unpack("<4sI", file.read(8))
-            if magic != b"GGUF" or version not in (2, 3):
-                raise ModelError(f"{path} is not a GGUF file of version 2 or 3", "download it again")
-            tensors, pairs = struct.unpack("<QQ", file.read(16))
-            header: dict[str, Any] = {}
-            for _ in range(pairs):
-                key = _read_gguf_string(file)
-                header[key] = _read_gguf_value(file, *struct.unpack("<I", file.read(4)))
-            header["tensor_names"] = frozenset(_read_gguf_tensor_name(file) for _ in range(tensors))
-            return header
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror or error}") from None
-    except (struct.error, KeyError, UnicodeDecodeError, OverflowError, MemoryError):
-        raise ModelError(f"{path}: the GGUF header ends early or is damaged", "download it again") from None
-
-
-def _read_gguf_string(file: BinaryIO) -> str:
-    (length,) = struct.unpack("<Q", file.read(8))
-    return file.read(length).decode("utf-8")
-
-
-def _read_gguf_value(file: BinaryIO, kind: int) -> Any:
-    if kind == _GGUF_STRING:
-        return _read_gguf_string(file)
-    if kind != _GGUF_ARRAY:
-        code = _GGUF_SCALARS[kind]
-        return struct.unpack(f"<{code}", file.read(struct.calcsize(f"<{code}")))[0]
-    item_kind, length = struct.unpack("<IQ", file.read(12))
-    if item_kind == _GGUF_STRING:
-        for _ in range(length):
-            file.seek(struct.unpack("<Q", file.read(8))[0], 1)
-    else:
-        file.seek(length * struct.calcsize(f"<{_GGUF_SCALARS[item_kind]}"), 1)
-    return length
-
-
-def _read_gguf_tensor_name(file: BinaryIO) -> str:
-    name = _read_gguf_string(file)
-    (dims,) = struct.unpack("<I", file.read(4))
-    file.seek(8 * dims + 4 + 8, 1)
-    return name

@@ -23,5 +23,10 @@ def sum_token_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     kept_K = (targets_BS != IGNORED).any(dim=0).nonzero().squeeze(1)
     if kept_K.numel() == 0:  # a filler batch: still one forward, so that every rank takes part in collectives
         kept_K = torch.zeros(1, dtype=torch.long, device=targets_BS.device)
+    return sum_kept_loss(model, batch, targets_BS, kept_K)
+
+
+def sum_kept_loss(model: Any, batch: dict[str, torch.Tensor], targets_BS: torch.Tensor, kept_K: torch.Tensor) -> torch.Tensor:
+    """The loss of the columns `kept_K`. By itself, because a trace on the meta device cannot find them (train/trace.py)."""
     logits_BKV = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=kept_K).logits
     return F.cross_entropy(logits_BKV.float().flatten(0, 1), targets_BS[:, kept_K].flatten(), ignore_index=IGNORED, reduction="sum")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from launcher.errors import DataError
 from launcher.plan import Plan
 from launcher.run import Event, RunFolder
+from launcher.train.budget import read_peak_resident
 
 
 def open_report(
@@ -28,6 +28,7 @@ def open_report(
         return (lambda event: None), (lambda: None)
     trackers: list[Any] = []
     session_begins = _cut_unfinished_line(folder.metrics)
+    planned = plan.memory.device("allocated" if plan.layout.accelerator == "cuda" else "total").p50
     # Line-buffered: an event is on disk when report returns.
     file = folder.metrics.open("a", buffering=1, encoding="utf-8")
 
@@ -42,6 +43,7 @@ def open_report(
             trackers.extend(_open_tracker(name, plan, folder, event["step"] + 1) for name in plan.recipe.track.to)
         if event["event"] == "step":
             event["memory_bytes"] = read_peak_memory()
+            event["memory_planned_bytes"] = planned
             last = event["step"] == event["total_steps"]
             if event["step"] % plan.recipe.track.every_steps and not last:
                 show(event)
@@ -134,6 +136,4 @@ def read_peak_memory() -> int:
     """Peak bytes so far: what torch allocated on the GPU, or this process's resident memory on CPU."""
     import torch
 
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else read_peak_resident()

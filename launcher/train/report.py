@@ -13,7 +13,7 @@ from launcher import __version__
 from launcher.plan import Plan
 from launcher.plan.describe import describe_plan
 from launcher.plan.source import PACKAGE_SCHEME, ModelSource, locate_model
-from launcher.progress import Summary, describe_change, format_loss, format_perplexity, make_summary, printable
+from launcher.progress import Summary, describe_change, describe_memory, format_loss, format_perplexity, make_summary, printable
 from launcher.recipe import Lora, QLora
 from launcher.run import Event, RunFolder, read_events
 from launcher.units import format_bytes, format_count, format_duration
@@ -105,7 +105,16 @@ def _cost_section(events: list[Event], summary: Summary, plan: Plan) -> str:
         rows.append(("tokens/s (median step)", f"{format_count(round(summary.tokens_per_s))} on {plan.layout.world_size} ranks"))
     if summary.last_step:
         rows.append(("tokens seen", f"{summary.last_step['tokens_seen']:,}"))
-    rows.append((f"memory a {per}, planned", f"{format_bytes(plan.memory.total)} for the model and its training"))
+    rows.append(
+        (
+            f"memory a {per}, planned",
+            f"{format_bytes(plan.memory.device('total').p50)}, at most {format_bytes(plan.memory.device('total').p95)}",
+        )
+    )
+    for event in events:
+        if event.get("event") == "memory":
+            compared = describe_memory(event["figures"]).removeprefix("memory: ")
+            rows.append((f"memory after step {event['step']}, measured and planned", compared))
     if summary.memory_bytes:
         what = "allocated by torch" if plan.layout.accelerator == "cuda" else "the whole process: libraries and data too"
         rows.append((f"memory a {per}, peak seen", f"{format_bytes(summary.memory_bytes)} ({what})"))

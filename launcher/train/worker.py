@@ -29,6 +29,7 @@ from launcher.plan import Plan, load_plan
 from launcher.recipe import Lora
 from launcher.run import Event, RunFolder, cache_dir
 from launcher.train import best
+from launcher.train.budget import Watch
 from launcher.train.data import Samples, check_packing, load_samples, open_eval_batches, open_steps
 from launcher.train.evaluate import answer_prompts, measure_loss
 from launcher.train.export import export_model
@@ -101,12 +102,15 @@ def fine_tune(
     for split, samples in (("train", train_set), ("eval", eval_set)):
         if samples is not None:
             report({"event": "data", "split": split, **samples.stats(), "source_hashes": samples.source_hashes})
+    watch = Watch(plan, me.rank, report)
+    watch.start()
     report({"event": "phase", "name": "loading model"})
     model = apply_method(load_base(plan, device_of(plan)), plan)
     start = copy_start(model, plan)
     engine = build_engine(plan, model, me)
     if recipe.data.packing:
         check_packing(engine.module)
+    watch.built()
     held = _Held(plan, engine, tokenizer, eval_set, report)
     identity = make_run_identity(plan, [samples.content_hash for samples in (train_set, eval_set) if samples is not None])
     resumed = resume(plan, engine, storage, identity, report)
@@ -130,7 +134,7 @@ def fine_tune(
         total_steps=total_steps,
         samples_per_epoch=len(train_set),
         lr_at=make_lr_schedule(recipe.schedule, recipe.optim.lr, total_steps),
-        evaluate=held.after_step,
+        evaluate=lambda state: held.after_step(watch.after_step(state, total_steps)),
         is_over=held.is_over,
         saver=saver,
         report=report,

@@ -1,0 +1,144 @@
+"""Attention's kernels as far as memory goes: eager, SDPA on CPU and CUDA, flash attention (torch 2.13, transformers 5.23).
+
+With a mask, transformers repeats keys and values to the number of heads (sdpa_attention.py, use_gqa_in_sdpa), and SDPA turns a
+bool mask into a bias of the query's dtype in each layer (sdp_utils, convert_boolean_attn_mask).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from launcher.plan.operators import FP32, cast, copy, dropout, pointwise_of_result, scale, shift
+from launcher.plan.tape import Storage, Tape, Tensor
+
+
+@dataclass(slots=True)
+class Heads:
+    """The geometry of one attention: B rows of S queries and K keys, heads and key-value heads of a width."""
+
+    rows: int
+    queries: int
+    keys: int
+    heads: int
+    kv_heads: int
+    width: int
+    value_width: int
+    heads_first: bool = False
+    """Queries and keys lie in memory head by head, not position by position."""
+
+
+def sdpa(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, *, device: str, workspace: bool) -> Tensor:
+    """F.scaled_dot_product_attention behind transformers' sdpa_attention_forward; the output is contiguous by rows."""
+    if mask is None:
+        if device == "cuda" and q.width == FP32:
+            return _kernel(tape, q, k, v, None, at, padded=32, seeds=2, workspace=workspace)
+        out = _kernel(tape, q, k, v, None, at, padded=1, seeds=2 if device == "cuda" else 0, workspace=workspace)
+        return copy(tape, out) if at.heads_first else out  # the output lies as the queries do
+    if at.kv_heads == at.heads:
+        return _masked(tape, q, k, v, mask, at, device, workspace)
+    key, value = repeat_kv(tape, k, at), repeat_kv(tape, v, at)
+    return _masked(tape, q, key, value, mask, at, device, workspace)
+
+
+def _masked(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, at: Heads, device: str, workspace: bool) -> Tensor:
+    if device == "cuda":
+        return _kernel(tape, q, k, v, tape.new(mask.count, q.width), at, padded=32, seeds=2, workspace=workspace)
+    out = _kernel(tape, q, k, v, tape.new(mask.count, q.width), at, padded=1, seeds=0, workspace=False)
+    return copy(tape, out) if at.heads_first else out
+
+
+def flash(tape: Tape, q: Tensor, k: Tensor, v: Tensor, at: Heads, *, workspace: bool) -> Tensor:
+    """The flash-attn package: as SDPA's flash kernel, whatever the mask."""
+    return _kernel(tape, q, k, v, None, at, padded=1, seeds=1, workspace=workspace)
+
+
+def _kernel(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, at: Heads, *, padded: int, seeds: int, workspace: bool
+) -> Tensor:
+    """Keeps its inputs, its output and a log-sum-exp a query and head; `padded`: queries are rounded up to this."""
+    needs = any(t.node is not None for t in (q, k, v))
+    kept = [tape.save(t) for t in (q, k, v, bias) if t is not None] if needs else []
+    count = at.rows * at.queries * at.heads * at.value_width
+    out = tape.new(count, q.width)
+    sums = tape.new(at.rows * at.heads * (-(-at.queries // padded) * padded), FP32)
+    rest = [tape.new(1, 8) for _ in range(seeds)]
+    if needs:
+        kept += [tape.save(t) for t in (out, sums, *rest)]
+    sizes = tuple((t.count * t.width, t.node is not None) for t in (q, k, v))
+    del sums, rest
+    extra = _backward_workspace(at, q.width) if workspace else 0
+
+    def run(grad: Storage) -> tuple[Storage | None, ...]:
+        for tensor in kept:
+            tensor.fetch()
+        grads = tuple(tape.make(size) for size, _ in sizes)
+        if extra:
+            tape.make(extra)
+        return tuple(g if wanted else None for g, (_, wanted) in zip(grads, sizes, strict=True))
+
+    return tape.attach(out, run, q, k, v)
+
+
+def _backward_workspace(at: Heads, width: int) -> int:
+    """flash_api.cpp, mha_bwd: dq in fp32, a softmax term a query, and, with grouped heads, dk and dv for every head."""
+    queries = -(-at.queries // 128) * 128
+    wide = -(-at.width // 32) * 32
+    size = at.rows * queries * at.heads * (wide + 1) * FP32
+    if at.kv_heads != at.heads:
+        size += 2 * at.rows * at.keys * at.heads * at.width * width
+    return size
+
+
+def repeat_kv(tape: Tape, x: Tensor, at: Heads) -> Tensor:
+    """Keys or values for every head: a copy, whose gradient is summed over the group."""
+    if at.kv_heads == at.heads:
+        return x
+    size = x.count * x.width
+    return tape.record(x.count // at.kv_heads * at.heads, x.width, lambda grad: (tape.make(size),), x)
+
+
+def eager(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, *, p: float = 0.0, softcap: bool = False) -> Tensor:
+    """transformers' eager_attention_forward: scores of every query and key, softmax in fp32."""
+    key, value = repeat_kv(tape, k, at), repeat_kv(tape, v, at)
+    scores = scale(tape, _scores(tape, q, key, at))
+    if softcap:
+        scores = scale(tape, pointwise_of_result(tape, scale(tape, scores)))
+    if mask is not None:
+        scores = shift(tape, scores)
+    weights = cast(tape, pointwise_of_result(tape, cast(tape, scores, FP32)), q.width)
+    del scores
+    weights = dropout(tape, weights, p)
+    mixed = _mix(tape, weights, value, at)
+    out = copy(tape, mixed)
+    return out
+
+
+def _scores(tape: Tape, q: Tensor, key: Tensor, at: Heads) -> Tensor:
+    """matmul folds rows and heads into one dimension, for which what was transposed is copied; repeated keys are whole already."""
+    folded = key if at.kv_heads != at.heads or at.heads_first else copy(tape, key)
+    return batched_matmul(tape, q if at.heads_first else copy(tape, q), folded, at.rows * at.heads * at.queries * at.keys)
+
+
+def _mix(tape: Tape, weights: Tensor, value: Tensor, at: Heads) -> Tensor:
+    folded = value if at.kv_heads != at.heads else copy(tape, value)
+    return batched_matmul(tape, weights, folded, at.rows * at.queries * at.heads * at.value_width)
+
+
+def batched_matmul(tape: Tape, a: Tensor, b: Tensor, count: int) -> Tensor:
+    """bmm: keeps both where their gradients are needed."""
+    kept_a = tape.save(a) if b.node is not None else None
+    kept_b = tape.save(b) if a.node is not None else None
+    sizes = (a.count * a.width, b.count * b.width)
+
+    def run(grad: Storage) -> tuple[Storage | None, Storage | None]:
+        grad_b = None
+        if kept_a is not None:
+            kept_a.fetch()
+            grad_b = tape.make(sizes[1])
+        grad_a = None
+        if kept_b is not None:
+            kept_b.fetch()
+            grad_a = tape.make(sizes[0])
+        return grad_a, grad_b
+
+    return tape.record(count, a.width, run, a, b)

@@ -1,0 +1,96 @@
+"""What a dry run finds out beyond the plan: an estimate of time, what would fit, and the document that `--json` prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from launcher.errors import RecipeError
+from launcher.plan.budget import MemoryPlan
+from launcher.plan.calibration import find_rates
+from launcher.plan.plan import Plan, make_choice, make_plan, make_suggestions
+from launcher.plan.solve import Candidate, Choice, Suggestion, suggest_nodes
+from launcher.plan.speed import Speed, estimate_run, estimate_step
+from launcher.recipe import Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DryRun:
+    """A plan and what may be said about it."""
+
+    plan: Plan
+    speed: Speed | None
+    """None where the catalogue does not know the device."""
+    suggestions: list[Suggestion] | None
+    """None where it fits, so that nobody has to ask."""
+    nodes_that_fit: int | None
+    choice: Choice | None
+    """Of the autos, where it was asked for."""
+
+
+def make_dry_run(recipe: Recipe, plan: Plan, *, explain: bool) -> DryRun:
+    """The dry run of a plan that was made of `recipe`."""
+    fits = plan.memory.verdict != "DOES NOT FIT"
+    return DryRun(
+        plan=plan,
+        speed=estimate_plan(plan),
+        suggestions=None if fits else make_suggestions(plan),
+        nodes_that_fit=None if fits else _find_nodes(plan),
+        choice=make_choice(recipe, plan.shape, plan.cluster) if explain else None,
+    )
+
+
+def estimate_plan(plan: Plan) -> Speed | None:
+    device = find_rates(plan.cluster)
+    if device is None:
+        return None
+    step = estimate_step(plan.recipe, plan.shape, plan.layout, plan.batch, device, plan.trainable_params)
+    return estimate_run(plan.recipe, plan.cluster, step, plan.base_dir)
+
+
+def _find_nodes(plan: Plan) -> int | None:
+    def predict_on(cluster: Any) -> MemoryPlan | None:
+        try:
+            return make_plan(plan.recipe, cluster, base_dir=plan.base_dir, run_dir=plan.run_dir).memory
+        except RecipeError:
+            return None  # the global batch does not divide by so many
+
+    return suggest_nodes(plan.recipe, plan.cluster, predict_on) if plan.layout.accelerator == "cuda" else None
+
+
+def make_document(dry: DryRun) -> dict[str, Any]:
+    """The dry run for a program to read. The schema is documented in docs/plan.md and versioned by `schema_version`."""
+    document = dry.plan.memory.to_dict()
+    document["notes"] = [*dry.plan.notes, *document["notes"]]
+    document["speed"] = asdict(dry.speed) | {"estimate": True} if dry.speed else None
+    document["suggestions"] = None if dry.suggestions is None else [_suggestion_facts(item) for item in dry.suggestions]
+    document["nodes_that_fit"] = dry.nodes_that_fit
+    if dry.choice is not None:
+        document["candidates"] = [_candidate_facts(item, taken=item is dry.choice.taken) for item in dry.choice.considered]
+        document["candidates_total"] = dry.choice.total
+    document["plan"] = dry.plan.to_dict()
+    return document
+
+
+def _plain(value: Any) -> Any:
+    return value.model_dump(mode="json") if hasattr(value, "model_dump") else value
+
+
+def _suggestion_facts(item: Suggestion) -> dict[str, Any]:
+    return {
+        "changes": {key: _plain(value) for key, value in item.changes.items()},
+        "step_s": item.step_s,
+        "slowdown": item.slowdown,
+        "device_total_bytes_p95": item.need,
+        "effect": item.effect,
+    }
+
+
+def _candidate_facts(item: Candidate, *, taken: bool) -> dict[str, Any]:
+    return {
+        "changes": {key: _plain(value) for key, value in item.changes.items()},
+        "step_s": item.step_s,
+        "device_total_bytes_p95": None if item.memory is None else item.memory.device("total").p95,
+        "verdict": item.verdict,
+        "taken": taken,
+    }

@@ -1,0 +1,73 @@
+"""Host memory of a node, bytes on disk, bytes on the network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from launcher.plan.budget import Component, DiskNeed, Phase
+from launcher.plan.layout import Layout
+from launcher.plan.shape import ModelShape
+from launcher.plan.states import Counts, Sharding, States, optimizer_bytes
+from launcher.recipe import Lora, QLora, Recipe
+from launcher.units import DTYPE_BYTES
+
+
+def round_pinned(size: int) -> int:
+    """torch's CachingHostAllocator gives pinned memory in powers of two."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
+
+
+def make_host_phases(
+    recipe: Recipe, shape: ModelShape, layout: Layout, states: States, counts: Counts, device: Sequence[Phase], libraries: int, error: float,
+    checkpoints: int,
+) -> tuple[Phase, ...]:  # fmt: skip
+    """One node, all its ranks. On a CPU the device is the host: what workers hold, as many times as there are workers."""
+    workers = layout.workers_per_node
+    if layout.accelerator == "cpu":
+        return tuple(Phase(name=p.name, components=tuple(replace(c, bytes=c.bytes * workers) for c in p.components)) for p in device)
+    base = Component(name="libraries", bytes=libraries * workers, provenance="fitted", error=error)
+    rounded = sum(round_pinned(size) for size in states.host_pinned)
+    offloaded = states.host - sum(states.host_pinned) + rounded
+    held = [base, Component(name="optimizer states", bytes=offloaded * workers, provenance="source", error=0.1)]
+    if checkpoints:
+        held.append(Component(name="activation checkpoints", bytes=round_pinned(checkpoints) * workers, provenance="source", error=0.1))
+    width = DTYPE_BYTES[layout.dtype]
+    whole = shape.num_params * width
+    # transformers 5: under zero.Init rank 0 reads the whole checkpoint; otherwise each rank maps the files and copies tensor by tensor.
+    loading = whole if layout.zero_init else 0
+    adapters = isinstance(recipe.method, Lora | QLora)
+    exported = counts.trained * width if adapters else whole
+    phases = {
+        "load": [base, Component(name="weights", bytes=loading, provenance="source", error=0.2)],
+        "optimizer step": held,
+        "save": [*held, Component(name="weights", bytes=exported, provenance="source", error=0.05)],
+    }
+    return tuple(Phase(name=name, components=tuple(c for c in parts if c.bytes)) for name, parts in phases.items())
+
+
+KEPT_CHECKPOINTS = 2
+"""One that is whole, and the one being written."""
+
+
+def make_disk(recipe: Recipe, shape: ModelShape, counts: Counts, width: int) -> DiskNeed:
+    """A checkpoint holds the fp32 masters and the optimizer's states of what is trained."""
+    states = optimizer_bytes(recipe.optim.name, bool(recipe.optim.momentum), (counts.trained,), flat=True)
+    checkpoint = 4 * counts.trained + states
+    adapters = isinstance(recipe.method, Lora | QLora)
+    return DiskNeed(checkpoint_bytes=checkpoint, kept_checkpoints_bytes=KEPT_CHECKPOINTS * checkpoint,
+                    export_bytes=width * (counts.trained if adapters else shape.num_params))  # fmt: skip
+
+
+def make_network(counts: Counts, sharding: Sharding, width: int, micro_steps: int) -> int:
+    """What a rank sends in an optimizer step. A ring all-reduce sends 2·(n-1)/n of its tensor, a gather or a reduce-scatter half of that."""
+    ranks = sharding.ranks
+    gradients = width * counts.trained
+    if sharding.stage == 3:
+        weights = width * (sum(counts.frozen) + counts.trained) + counts.packed_bytes
+        total = micro_steps * (2 * weights + gradients)
+    elif sharding.stage == 2:
+        total = micro_steps * 2 * gradients + gradients
+    else:
+        total = 2 * gradients + (gradients if sharding.stage else 0)
+    return total * (ranks - 1) // ranks

@@ -1,0 +1,428 @@
+"""torch's operators as far as memory goes: what each makes, keeps for its backward, and makes there (torch 2.13).
+
+Sizes are counts of elements. A mirrored function must not rebind its arguments: torch's modules keep theirs until they return.
+"""
+
+from __future__ import annotations
+
+from launcher.plan.tape import DEQUANTISED, Parameter, Storage, Tape, Tensor, counting_as
+
+FP32 = 4
+
+
+def _passes(grad: Storage) -> tuple[Storage]:
+    return (grad,)
+
+
+def cast(tape: Tape, x: Tensor, width: int) -> Tensor:
+    """`x.to(dtype)`; the same tensor where it has that width already."""
+    if x.width == width:
+        return x
+    count, back = x.count, x.width
+    return tape.record(count, width, lambda grad: (tape.make(count * back),), x)
+
+
+def copy(tape: Tape, x: Tensor) -> Tensor:
+    """clone, or contiguous of a tensor that is not: its gradient passes through."""
+    return tape.record(x.count, x.width, _passes, x)
+
+
+def view(x: Tensor, count: int | None = None) -> Tensor:
+    return Tensor(x.storage, x.count if count is None else count, x.width, x.node, x.slot)
+
+
+def add(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """Same shapes: the gradient goes to both."""
+    return tape.record(a.count, max(a.width, b.width), lambda grad: (grad, grad), a, b)
+
+
+def add_small(tape: Tape, a: Tensor, small: Tensor) -> Tensor:
+    """`small` is broadcast (a bias); its gradient is a sum."""
+    has, size = small.node is not None, small.count * small.width
+    return tape.record(a.count, a.width, lambda grad: (grad, tape.make(size) if has else None), a, small)
+
+
+def scale(tape: Tape, x: Tensor) -> Tensor:
+    """Times a Python number."""
+    size = x.count * x.width
+    return tape.record(x.count, x.width, lambda grad: (tape.make(size),), x)
+
+
+def shift(tape: Tape, x: Tensor) -> Tensor:
+    """Plus a Python number."""
+    return tape.record(x.count, x.width, _passes, x)
+
+
+NOTHING = Tensor(None, 0, 1)
+"""Stands for a kept tensor of no size that matters here."""
+
+
+def mul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """Elementwise; either may be broadcast to the other's count, and then its gradient is summed."""
+    kept_a = tape.save(a) if b.node is not None else None
+    kept_b = tape.save(b) if a.node is not None else None
+    count, width = max(a.count, b.count), max(a.width, b.width)
+    sizes = (a.count * a.width, b.count * b.width)
+    whole = count * width
+
+    def run(grad: Storage) -> tuple[Storage | None, Storage | None]:
+        if kept_b is not None:
+            kept_b.fetch()
+        grad_a = tape.make(whole) if kept_b is not None else None
+        if kept_a is not None:
+            kept_a.fetch()
+        grad_b = tape.make(whole) if kept_a is not None else None
+        if grad_a is not None and sizes[0] != whole:
+            grad_a = tape.make(sizes[0])
+        if grad_b is not None and sizes[1] != whole:
+            grad_b = tape.make(sizes[1])
+        return grad_a, grad_b
+
+    return tape.record(count, width, run, a, b)
+
+
+def square(tape: Tape, x: Tensor) -> Tensor:
+    """`x.pow(2)`."""
+    kept = tape.save(x) if x.node is not None else None
+    size = x.count * x.width
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        power = tape.make(size)
+        twice = tape.make(size)
+        out = tape.make(size)
+        del power, twice
+        return (out,)
+
+    return tape.record(x.count, x.width, run, x)
+
+
+def mean(tape: Tape, x: Tensor, rows: int) -> Tensor:
+    """Over the last dimension."""
+    size = x.count * x.width
+    return tape.record(rows, x.width, lambda grad: (tape.make(size),), x)
+
+
+def rsqrt(tape: Tape, x: Tensor) -> Tensor:
+    out = tape.new(x.count, x.width)
+    kept = tape.save(out) if x.node is not None else None
+    size = x.count * x.width
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        cube = tape.make(size)
+        half = tape.make(size)
+        made = tape.make(size)
+        del cube, half
+        return (made,)
+
+    return tape.attach(out, run, x)
+
+
+def pointwise(tape: Tape, x: Tensor) -> Tensor:
+    """An activation that keeps its input (silu, gelu): one gradient."""
+    kept = tape.save(x) if x.node is not None else None
+    size = x.count * x.width
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        return (tape.make(size),)
+
+    return tape.record(x.count, x.width, run, x)
+
+
+def pointwise_of_result(tape: Tape, x: Tensor) -> Tensor:
+    """An activation that keeps its output (relu, tanh, sigmoid, softmax)."""
+    out = tape.new(x.count, x.width)
+    kept = tape.save(out) if x.node is not None else None
+    size = x.count * x.width
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        return (tape.make(size),)
+
+    return tape.attach(out, run, x)
+
+
+def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
+    """CUDA's fused dropout: a mask of one byte an element."""
+    if p == 0.0:
+        return x
+    count, width = x.count, x.width
+    out = tape.new(count, width)
+    mask = tape.new(count, 1)
+    kept = tape.save(mask) if x.node is not None else None
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        return (tape.make(count * width),)
+
+    return tape.attach(out, run, x)
+
+
+def negate(tape: Tape, x: Tensor) -> Tensor:
+    size = x.count * x.width
+    return tape.record(x.count, x.width, lambda grad: (tape.make(size),), x)
+
+
+def part(tape: Tape, x: Tensor, count: int) -> Tensor:
+    """A slice: a view, whose gradient is a whole tensor of zeros with the slice filled in."""
+    size = x.count * x.width
+    out = Tensor(x.storage, count, x.width)
+    return tape.attach(out, lambda grad: (tape.make(size),), x)
+
+
+def join(tape: Tape, *parts: Tensor) -> Tensor:
+    """cat: the gradients are views of the whole's."""
+    number = len(parts)
+    return tape.record(sum(p.count for p in parts), parts[0].width, lambda grad: (grad,) * number, *parts)
+
+
+def split(tape: Tape, x: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """split, chunk, unbind: views, whose gradients are put together again."""
+    size = x.count * x.width
+    outs = tuple(Tensor(x.storage, count, x.width) for count in counts)
+    tape.attach_all(outs, lambda grads: (tape.make(size),), x)
+    return outs
+
+
+def embed(tape: Tape, weight: Parameter, tokens: int, hidden: int) -> Tensor:
+    """Rows of a table; the gradient of the table is a whole table."""
+    if weight.node is not None:
+        tape.save(NOTHING)
+    return tape.record(tokens * hidden, weight.width, lambda grad: (tape.make(weight.count * weight.width),), weight)
+
+
+class Linear:
+    """A linear layer: dense, or quantised by bitsandbytes (bits 4 or 8), with an adapter of rank `r` or none."""
+
+    __slots__ = ("bias", "bits", "down", "dropout", "n_in", "n_out", "up", "weight", "width")
+
+    def __init__(self, n_in: int, n_out: int, width: int, *, trained: bool, bias: bool = False, bias_trained: bool = False, bits: int = 16,
+                 r: int = 0, dropout: float = 0.0) -> None:  # fmt: skip
+        self.n_in, self.n_out, self.width, self.bits, self.dropout = n_in, n_out, width, bits, dropout
+        self.weight = Parameter(n_in * n_out, width, trained and bits == 16)
+        self.bias = Parameter(n_out, width, bias_trained) if bias else None
+        self.down = Parameter(n_in * r, width, trained=True) if r else None
+        self.up = Parameter(r * n_out, width, trained=True) if r else None
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        return [p for p in (self.weight, self.bias, self.down, self.up) if p is not None]
+
+
+def linear(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
+    """peft's Linear.forward and Linear4bit.forward, around torch's or bitsandbytes' product."""
+    if layer.down is None or layer.up is None:
+        return _product(tape, x, layer)
+    result = _product(tape, x, layer)
+    if layer.bits != 16:
+        result = copy(tape, result)
+        output = scale(
+            tape,
+            matmul(tape, matmul(tape, dropout(tape, x, layer.dropout), layer.down, layer.n_in), layer.up, layer.down.count // layer.n_in),
+        )
+        result = add(tape, result, output)
+        return result
+    return add(
+        tape,
+        result,
+        scale(
+            tape,
+            matmul(tape, matmul(tape, dropout(tape, x, layer.dropout), layer.down, layer.n_in), layer.up, layer.down.count // layer.n_in),
+        ),
+    )
+
+
+def matmul(tape: Tape, x: Tensor, weight: Parameter, n_in: int, bias: Parameter | None = None) -> Tensor:
+    """x · weightᵀ (+ bias): mm or addmm over the flattened rows."""
+    kept_x = tape.save(x) if weight.node is not None else None
+    kept_weight = tape.save(weight) if x.node is not None else None
+    rows = x.count // n_in
+    count = rows * (weight.count // n_in)
+    sizes = (x.count * x.width, weight.count * weight.width)
+    bias_size = bias.count * bias.width if bias is not None and bias.node is not None else 0
+
+    def run(grad: Storage) -> tuple[Storage | None, ...]:
+        # What is kept is fetched as it is used: in a checkpoint, the first fetch recomputes the layer.
+        grad_weight = None
+        if kept_x is not None:
+            kept_x.fetch()
+            grad_weight = tape.make(sizes[1])
+        grad_x = None
+        if kept_weight is not None:
+            kept_weight.fetch()
+            grad_x = tape.make(sizes[0])
+        return grad_x, grad_weight, tape.make(bias_size) if bias_size else None
+
+    inputs = (x, weight) if bias is None else (x, weight, bias)
+    return tape.record(count, x.width, run, *inputs)
+
+
+def _product(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
+    if layer.bits == 16:
+        return matmul(tape, x, layer.weight, layer.n_in, layer.bias)
+    return _product_4bit(tape, x, layer) if layer.bits == 4 else _product_8bit(tape, x, layer)
+
+
+DEQUANTISING_ROWS = 1536
+"""About from so many rows on, bitsandbytes multiplies with the dequantised weight rather than its own kernel (0.50.2, by shape)."""
+
+
+def _product_4bit(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
+    """MatMul4Bit: keeps no activation; forward (for many rows) and backward dequantise the whole weight."""
+    size, dense = x.count * x.width, layer.n_in * layer.n_out * layer.width
+    rows = x.count // layer.n_in
+    scales = layer.n_in * layer.n_out // 64 * 4
+
+    def dequantise() -> tuple[Storage, Storage]:
+        with counting_as(tape, DEQUANTISED):
+            return tape.make(scales), tape.make(dense)
+
+    if rows > DEQUANTISING_ROWS:
+        out = tape.new(rows * layer.n_out, x.width)
+        dequantise()
+    else:
+        out = tape.new(rows * layer.n_out, x.width)
+
+    def run(grad: Storage) -> tuple[Storage]:
+        weight = dequantise()
+        made = tape.make(size)
+        del weight
+        return (made,)
+
+    return tape.attach(out, run, x)
+
+
+def _product_8bit(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
+    """MatMul8bitLt: x in int8 and its scales; what backward needs hangs on the context, where checkpointing does not see it."""
+    rows, size = x.count // layer.n_in, x.count * x.width
+    quantised = tape.new(x.count, 1)
+    row_scales = tape.new(rows, FP32)
+    product = tape.new(rows * layer.n_out, FP32)  # int32
+    out = tape.new(rows * layer.n_out, x.width)
+    del quantised, row_scales, product
+    dense = layer.n_in * layer.n_out * layer.width
+
+    def run(grad: Storage) -> tuple[Storage]:
+        with counting_as(tape, DEQUANTISED):
+            weight = tape.make(dense)
+        made = tape.make(size)
+        del weight
+        return (made,)
+
+    return tape.attach(out, run, x)
+
+
+def rms_norm(tape: Tape, x: Tensor, weight: Parameter, *, style: str = "llama") -> Tensor:
+    """llama: weight · cast back; late: weight in fp32, then cast back; gemma: (1 + weight) in fp32, then cast back."""
+    if style == "gemma":
+        output = _normed(tape, cast(tape, x, FP32), weight.count)
+        output = mul(tape, output, shift(tape, cast(tape, weight, FP32)))
+        return cast(tape, output, x.width)
+    wide = cast(tape, x, FP32)
+    variance = mean(tape, square(tape, wide), x.count // weight.count)
+    wide = mul(tape, wide, rsqrt(tape, shift(tape, variance)))
+    if style == "late":
+        return cast(tape, mul(tape, weight, wide), x.width)
+    return mul(tape, weight, cast(tape, wide, x.width))
+
+
+def _normed(tape: Tape, x: Tensor, width: int) -> Tensor:
+    return mul(tape, x, rsqrt(tape, shift(tape, mean(tape, square(tape, x), x.count // width))))
+
+
+def layer_norm(tape: Tape, x: Tensor, weight: Parameter | None, bias: Parameter | None) -> Tensor:
+    """torch's fused layer norm: keeps its input, and mean and reciprocal deviation in fp32."""
+    hidden = weight.count if weight is not None else x.count
+    rows = x.count // hidden
+    trained = weight is not None and weight.node is not None
+    needs = x.node is not None or trained
+    kept = tape.save(x) if needs else None
+    if needs and weight is not None:
+        tape.save(weight)
+    out = tape.new(x.count, x.width)
+    statistics_width = FP32
+    average, deviation = tape.new(rows, statistics_width), tape.new(rows, statistics_width)
+    kept_statistics = (tape.save(average), tape.save(deviation)) if needs else None
+    size, small = x.count * x.width, hidden * x.width
+    has_x = x.node is not None
+
+    def run(grad: Storage) -> tuple[Storage | None, ...]:
+        assert kept is not None and kept_statistics is not None
+        kept.fetch()
+        grad_x = tape.make(size) if has_x else None
+        grads = (tape.make(small), tape.make(small)) if trained else (None, None)
+        return (grad_x, *grads)
+
+    inputs: list[Tensor] = [x]
+    for parameter in (weight, bias):
+        if parameter is not None:
+            inputs.append(parameter)
+    return tape.attach(out, run, *inputs)
+
+
+def rotate(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x · cos + rotate_half(x) · sin, the tables broadcast over heads; back in x's dtype where the tables are wider."""
+    straight = _mul_table(tape, x, cos)
+    half = x.count // 2
+    first = part(tape, x, half)
+    second = part(tape, x, half)
+    turned = _mul_table(tape, _turn(tape, first, second), sin)
+    del first, second
+    return add(tape, straight, turned)
+
+
+def _turn(tape: Tape, first: Tensor, second: Tensor) -> Tensor:
+    return join(tape, negate(tape, second), first)
+
+
+def _mul_table(tape: Tape, x: Tensor, table: Tensor) -> Tensor:
+    kept = tape.save(table) if x.node is not None else None
+    width, size = max(x.width, table.width), x.count * x.width
+    whole = x.count * width
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        made = tape.make(whole)
+        return (tape.make(size) if whole != size else made,)
+
+    return tape.record(x.count, width, run, x)
+
+
+def cross_entropy(tape: Tape, logits: Tensor, rows: int, targets: Tensor) -> Tensor:
+    """Summed, of fp32 logits: log_softmax keeps its output, nll_loss too."""
+    logged = pointwise_of_result(tape, logits)
+    kept = tape.save(logged)
+    kept_targets = tape.save(targets)
+    loss = tape.new(1, FP32)
+    weight = tape.save(tape.new(1, FP32))
+    size = logits.count * FP32
+
+    def run(grad: Storage) -> tuple[Storage]:
+        kept.fetch(), kept_targets.fetch(), weight.fetch()
+        return (tape.make(size),)
+
+    return tape.attach(loss, run, logged)
+
+
+def gather_rows(tape: Tape, x: Tensor, count: int, index: Tensor) -> Tensor:
+    """x[:, index]: a copy; its gradient is put into zeros (index_put makes a copy of them)."""
+    kept = tape.save(index) if x.node is not None else None
+    size = x.count * x.width
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        zeros = tape.make(size)
+        out = tape.make(size)
+        del zeros
+        return (out,)
+
+    return tape.record(count, x.width, run, x)

@@ -1,0 +1,218 @@
+"""What a run takes of memory, beside what it was planned with: held to `memory.budget`, and compared after the first steps.
+
+On a GPU the driver is asked to refuse what goes beyond the budget (torch's per-process fraction), so it is never passed.
+On a CPU nothing refuses: the resident memory is read after every step, and a run that passed the budget is ended then.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from launcher.errors import OutOfMemory
+from launcher.plan import Plan
+from launcher.plan.budget import FigureName, MemoryPlan
+from launcher.recipe import Lora, QLora
+from launcher.run import Event
+from launcher.train.foreign import SMALLER
+from launcher.train.state import TrainState
+from launcher.units import format_bytes
+
+COMPARED_AFTER_STEPS = 3
+"""The first step allocates the optimizer's states, and ZeRO-3 prefetches from the third on (deepspeed 0.19.8)."""
+WARN_BEYOND = 0.10
+STEPPING = ("forward", "loss", "backward", "reduce", "optimizer step", "evaluation")
+"""Phases that a run has been through by then, once it was built."""
+BUILDING = ("load", "engine start")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """Bytes of one kind: what the plan expected, at P50 and P95, and what was seen on the rank that took most."""
+
+    name: str
+    predicted: int
+    predicted_p95: int
+    measured: int
+
+    @property
+    def error(self) -> float:
+        """How far the measurement is above the prediction, as a share of it."""
+        return self.measured / max(1, self.predicted) - 1.0
+
+
+def limit_memory(plan: Plan) -> None:
+    """Have torch refuse what would take this GPU beyond the recipe's budget. Nothing on a CPU, or without a budget."""
+    budget = plan.recipe.memory.budget_bytes
+    if budget is None or plan.layout.accelerator != "cuda":
+        return
+    _, total = torch.cuda.mem_get_info()
+    # The fraction bounds what the allocator reserves; the context and NCCL come on top of it, as planned.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (budget - outside_allocator(plan.memory)) / total)))
+
+
+def outside_allocator(memory: MemoryPlan) -> int:
+    """Bytes of the largest planned phase that no allocator of torch sees: the context, NCCL."""
+    return max(phase.figure("total").p50 - phase.figure("reserved").p50 for phase in memory.phases)
+
+
+class Watch:
+    """The memory of one rank through its run."""
+
+    def __init__(self, plan: Plan, rank: int, report: Callable[[Event], None]) -> None:
+        self.plan, self.rank, self.report = plan, rank, report
+        self.base = 0
+        self.steps = 0
+
+    def start(self) -> None:
+        """From here on, what the process takes is the model's: call it before the model is loaded."""
+        limit_memory(self.plan)
+        if self.plan.layout.accelerator == "cpu":
+            _import_libraries(self.plan)
+            self.check("before the model was loaded")
+            self.base = read_anonymous()
+
+    def built(self) -> None:
+        """The engine is there. On a CPU the peak begins anew: files that were mapped to load from are no part of a step's."""
+        self.check("by the time the engine was built")
+        if self.plan.layout.accelerator == "cpu":
+            forget_peak()
+
+    def check(self, when: str) -> None:
+        """Raises OutOfMemory where a CPU worker has passed the budget."""
+        budget = self.plan.recipe.memory.budget_bytes
+        if budget is None or self.plan.layout.accelerator != "cpu":
+            return
+        peak = read_peak_resident()
+        if peak > budget:
+            planned = self.plan.memory.device("total")
+            raise OutOfMemory(
+                f"rank {self.rank} took {format_bytes(peak)} {when}, and memory.budget is {format_bytes(budget)}"
+                f" (planned: {format_bytes(planned.p50)}, at most {format_bytes(planned.p95)})",
+                f"raise memory.budget; or {SMALLER}",
+            )
+
+    def after_step(self, state: TrainState, total_steps: int) -> TrainState:
+        """Hold the run to its budget, and compare once. Every rank calls it after every step."""
+        self.check(f"by step {state.step}")
+        self.steps += 1
+        if self.steps == COMPARED_AFTER_STEPS or (state.step == total_steps and self.steps < COMPARED_AFTER_STEPS):
+            self._compare(state.step)
+        return state
+
+    def _compare(self, step: int) -> None:
+        readings = _gather(read_figures(self.plan, self.base))
+        figures = {reading.name: {"predicted": reading.predicted, "predicted_p95": reading.predicted_p95, "measured": reading.measured,
+                                  "error": reading.error} for reading in readings}  # fmt: skip
+        self.report({"event": "memory", "step": step, "figures": figures})
+        for reading in readings:
+            if abs(reading.error) > WARN_BEYOND:
+                self.report({"event": "note", "text": describe_miss(reading)})
+
+
+def describe_miss(reading: Reading) -> str:
+    """The warning for a prediction that is off by more than a tenth."""
+    more = "more" if reading.error > 0 else "less"
+    within = "" if reading.error < 0 else f", {'within' if reading.measured <= reading.predicted_p95 else 'beyond'} its P95"
+    return (
+        f"warning: {reading.name}: {format_bytes(reading.measured)} measured, {format_bytes(reading.predicted)} predicted:"
+        f" {abs(reading.error):.0%} {more}{within}"
+    )
+
+
+def read_figures(plan: Plan, base: int) -> list[Reading]:
+    """What was predicted for the phases so far and what this rank has taken, like with like.
+
+    On a GPU: torch's two counters, and what the driver counts as used on the device (other processes on it included).
+    On a CPU: the growth of the process' own resident memory (mapped files left out) from before the model was loaded to the
+    peak of the steps, beside what the plan has for these but the libraries. Modules imported on the way and scratch that
+    oneDNN keeps are in the measurement alone.
+    """
+    reached = STEPPING if plan.layout.accelerator == "cpu" else BUILDING + STEPPING
+
+    def reading(label: str, figure: FigureName, measured: int) -> Reading:
+        figures = [phase.figure(figure) for phase in plan.memory.phases if phase.name in reached]
+        return Reading(name=label, predicted=max(f.p50 for f in figures), predicted_p95=max(f.p95 for f in figures), measured=measured)
+
+    if plan.layout.accelerator == "cpu":
+        return [reading("resident growth", "reserved", read_peak_anonymous() - base)]
+    free, total = torch.cuda.mem_get_info()
+    return [
+        reading("allocated", "allocated", torch.cuda.max_memory_allocated()),
+        reading("reserved", "reserved", torch.cuda.max_memory_reserved()),
+        reading("device total", "total", total - free),
+    ]
+
+
+def _gather(readings: list[Reading]) -> list[Reading]:
+    """The readings of the rank that took most, of each kind."""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    most = torch.tensor([reading.measured for reading in readings], dtype=torch.int64, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    return [
+        Reading(name=r.name, predicted=r.predicted, predicted_p95=r.predicted_p95, measured=int(measured))
+        for r, measured in zip(readings, most.tolist(), strict=True)
+    ]
+
+
+def _import_libraries(plan: Plan) -> None:
+    """Import what the method will need, so that it counts as libraries and not as the model's growth."""
+    import transformers  # noqa: F401
+
+    if isinstance(plan.recipe.method, Lora | QLora):
+        import peft  # noqa: F401
+    if isinstance(plan.recipe.method, QLora) or "8bit" in plan.recipe.optim.name:
+        import bitsandbytes  # noqa: F401
+
+
+# ------------------------------------------------------------------------------------------- what the kernel says
+
+
+def read_resident() -> int:
+    """Bytes of this process in memory now."""
+    return _read_status().get("VmRSS", read_peak_resident())
+
+
+def read_peak_resident() -> int:
+    """The most bytes of this process in memory so far (or since `forget_peak`)."""
+    # Not ru_maxrss, where /proc is: through fork and exec a process inherits its parent's.
+    return _read_status().get("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def read_anonymous() -> int:
+    """Bytes of this process in memory now that are no file's: what it allocated."""
+    return read_resident() - _mapped(_read_status())
+
+
+def read_peak_anonymous() -> int:
+    """The most of these so far, if files that are mapped now were mapped at that time."""
+    return read_peak_resident() - _mapped(_read_status())
+
+
+def _mapped(status: dict[str, int]) -> int:
+    return status.get("RssFile", 0) + status.get("RssShmem", 0)
+
+
+def forget_peak() -> None:
+    """Begin the peak anew from what is resident now, where the kernel lets a process do so (Linux: proc(5), clear_refs)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return  # the peak then includes what came before: the comparison can only be too high
+
+
+_FIELDS = ("VmRSS", "VmHWM", "RssFile", "RssShmem")
+
+
+def _read_status() -> dict[str, int]:
+    if not os.path.exists("/proc/self/status"):
+        return {}
+    fields: dict[str, Any] = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
+    return {name: int(fields[name].split()[0]) * 1024 for name in _FIELDS if name in fields}

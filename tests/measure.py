@@ -1,0 +1,55 @@
+"""Jobs for ranks: what a real training step holds, counted tensor by tensor on the CPU, with DeepSpeed over gloo."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+
+def measure_training(me: Any, plan: Any, steps: int = 3) -> dict[str, Any]:
+    """Job: build the engine and take steps as a run does; live bytes after each part, peaks within it, and what is live at the end."""
+    import torch
+
+    from launcher.train.loop import set_lr, take_step
+    from launcher.train.loss import sum_token_loss
+    from launcher.train.methods import apply_method
+    from launcher.train.model import load_base, prepare_weights
+    from launcher.train.trace import Trace, watching
+    from launcher.train.worker import build_engine
+
+    prepare_weights(plan)
+    trace, after = Trace(), {}
+    torch.manual_seed(me.rank)
+    batch = _make_batch(plan)
+    with watching(trace, device="cpu", kernels=False, round_to=1) as watch:
+        watch.ignore(batch.values())
+        watch.phase = "load"
+        model = apply_method(load_base(plan, "cpu"), plan)
+        after["load"] = trace.live
+        watch.phase = "engine start"
+        engine = build_engine(plan, model, me)
+        del model
+        after["engine start"] = trace.live
+        for step in range(1, steps + 1):
+            set_lr(engine, 1e-4)
+            for _ in range(plan.batch.gradient_accumulation_steps):
+                watch.phase = f"forward {step}"
+                loss = sum_token_loss(engine, batch)
+                watch.phase = f"backward {step}"
+                engine.backward(loss)
+                del loss
+                after[f"backward {step}"] = trace.live
+                watch.phase = f"step {step}"
+                take_step(engine)
+                after[f"step {step}"] = trace.live
+    sizes = Counter({key: size for key, size in watch.known.items() if size})
+    engine.destroy()
+    return {"after": after, "peaks": trace.peaks, "storages": sorted(sizes.values(), reverse=True)[:60], "events": trace.events}
+
+
+def _make_batch(plan: Any) -> dict[str, Any]:
+    import torch
+
+    rows, columns = plan.batch.micro_batch_size, plan.recipe.data.seq_len
+    ids = torch.randint(5, plan.shape.vocab_size - 5, (rows, columns))
+    return {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(columns).expand(rows, columns).contiguous()}

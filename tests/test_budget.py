@@ -1,0 +1,95 @@
+"""A run beside its plan: held to its budget, compared after the first steps, and what was seen told wherever the run is."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from ranks import Ranks, fine_tune
+from tiny import plan_tiny
+
+from launcher.progress import describe_event
+from launcher.train import budget
+from launcher.train.budget import Reading, describe_miss, limit_memory, outside_allocator, read_figures
+
+MIB = 1 << 20
+
+
+def test_a_cpu_worker_that_passes_its_budget_is_ended_with_the_numbers(two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
+    plan = plan_tiny(tiny, tmp_path, memory={"budget": "50MiB"})
+    with pytest.raises(AssertionError, match=r"OutOfMemory: rank [01] took .*iB .*, and memory.budget is 50.0 MiB \(planned: "):
+        two_ranks.run(fine_tune, plan)
+    assert two_ranks.run(fine_tune, plan_tiny(tiny, tmp_path, memory={"budget": "64GiB"}))[0], (
+        "the ranks are still there, and a large budget is none"
+    )
+
+
+def test_a_run_compares_itself_with_its_plan_once(two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
+    plan = plan_tiny(tiny, tmp_path)
+    events = two_ranks.run(fine_tune, plan)[0]
+    (event,) = [event for event in events if event["event"] == "memory"]
+    steps = [event.get("step") for event in events[: events.index(event)] if event["event"] == "step"]
+    assert event["step"] == budget.COMPARED_AFTER_STEPS == steps[-1]
+    ((name, figure),) = event["figures"].items()
+    assert name == "resident growth" and figure["measured"] > 0 < figure["predicted"] <= figure["predicted_p95"]
+    assert figure["error"] == pytest.approx(figure["measured"] / figure["predicted"] - 1)
+    assert describe_event(event).startswith("memory: resident growth ") and "planned" in describe_event(event)
+    warned = [event["text"] for event in events if event["event"] == "note" and event["text"].startswith("warning: resident growth")]
+    assert len(warned) == (abs(figure["error"]) > budget.WARN_BEYOND)
+
+
+def test_what_was_planned_is_the_steps_without_libraries_and_loading(tiny: Path, tmp_path: Path) -> None:
+    plan = plan_tiny(tiny, tmp_path)
+    (reading,) = read_figures(plan, 0)
+    stepping = [phase for phase in plan.memory.phases if phase.name in budget.STEPPING]
+    assert stepping and reading.predicted == max(phase.reserved_bytes for phase in stepping)
+    assert all(part.counts_in == "total" for phase in stepping for part in phase.components if part.name == "libraries")
+
+
+def test_the_peak_of_what_was_allocated_is_seen_though_it_is_gone() -> None:
+    """In a process of its own: 200 MiB are taken and given back; the peak stays until it is forgotten."""
+    code = """
+import torch
+from launcher.train.budget import forget_peak, read_anonymous, read_peak_anonymous
+forget_peak()
+base = read_anonymous()
+torch.ones(200 << 18)
+peak, now = read_peak_anonymous() - base, read_anonymous() - base
+forget_peak()
+print(peak >> 20, now >> 20, (read_peak_anonymous() - base) >> 20)
+"""
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    peak, now, forgotten = map(int, answer.stdout.split())
+    assert 198 <= peak <= 210 and abs(now) <= 10 and abs(forgotten) <= 10
+
+
+@pytest.mark.parametrize(
+    ("measured", "told"),
+    [(115, "15% more, within its P95"), (130, "30% more, beyond its P95"), (80, "20% less")],
+)  # fmt: skip
+def test_a_miss_is_told_with_its_direction(measured: int, told: str) -> None:
+    reading = Reading(name="allocated", predicted=100 * MIB, predicted_p95=120 * MIB, measured=measured * MIB)
+    assert describe_miss(reading) == f"warning: allocated: {measured}.0 MiB measured, 100.0 MiB predicted: {told}"
+
+
+def test_on_a_gpu_torch_is_told_what_the_budget_leaves_its_allocator(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda is replaced: there is no GPU where this runs."""
+    import dataclasses
+
+    import torch
+
+    fractions: list[float] = []
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (70 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    on_cpu = plan_tiny(tiny, tmp_path, memory={"budget": "20GiB"})
+    limit_memory(on_cpu)
+    assert fractions == []
+    plan = dataclasses.replace(on_cpu, layout=dataclasses.replace(on_cpu.layout, accelerator="cuda"))
+    limit_memory(plan)
+    assert fractions == [((20 << 30) - outside_allocator(plan.memory)) / (80 << 30)] and outside_allocator(plan.memory) > 0
+    limit_memory(
+        dataclasses.replace(plan, recipe=plan.recipe.model_copy(update={"memory": plan.recipe.memory.model_copy(update={"budget": None})}))
+    )
+    assert len(fractions) == 1
