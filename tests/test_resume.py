@@ -159,6 +159,7 @@ def test_early_stopping_and_the_best_weights_survive(stage: str, two_ranks: Rank
     """The best evaluation comes before the checkpoint, and the run ends with its weights."""
     case: dict[str, Any] = {
         "stage": stage,
+        "data": {"train": str(tiny / "train.jsonl")},
         "optim": {"name": "adamw", "lr": 0.05, "max_grad_norm": 0.0},
         "schedule": {"max_steps": 40, "epochs": 60.0, "kind": "constant"},
         "evaluate": {"every_steps": 2, "early_stopping": {"patience": 3}},
@@ -179,6 +180,7 @@ def test_early_stopping_and_the_best_weights_survive(stage: str, two_ranks: Rank
 
 def test_keep_best_saves_and_keeps_the_best(two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
     case: dict[str, Any] = {
+        "data": {"train": str(tiny / "train.jsonl")},
         "optim": {"name": "adamw", "lr": 0.05, "max_grad_norm": 0.0},
         "schedule": {"max_steps": 14, "epochs": 60.0, "kind": "constant"},
         "evaluate": {"every_steps": 2},

@@ -19,7 +19,7 @@ from launcher import __version__
 from launcher.errors import Interrupted, LauncherError, RecipeError
 
 # In the order of --help.
-VERBS = ("run", "data", "generate", "export", "recipes", "doctor", "calibrate")
+VERBS = ("run", "data", "generate", "export", "checkpoints", "recipes", "doctor", "calibrate")
 GROUP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
 
