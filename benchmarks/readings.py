@@ -162,7 +162,20 @@ def _deepspeed_example(row: Row) -> float | None:
     width, layers, words, positions, ranks = 4096, 32, 50257, 512, row["n_gpus"]
     sizes = [words * width, positions * width]
     for _ in range(layers):
-        sizes += [3 * width * width, 3 * width, width * width, width, width, width, width, width, 4 * width * width, 4 * width, 4 * width * width, width]
+        sizes += [
+            3 * width * width,
+            3 * width,
+            width * width,
+            width,
+            width,
+            width,
+            width,
+            width,
+            4 * width * width,
+            4 * width,
+            4 * width * width,
+            width,
+        ]
     sizes += [words * width, words]
     parts = [-(-size // ranks) for size in sizes]
     groups, held = [0], 0
@@ -231,7 +244,9 @@ def describe(scores: list[Score], total: int) -> str:
     for figure in sorted({s.figure for s in scores}):
         errors = [abs(s.error) for s in scores if s.figure == figure]
         lines.append(f"{figure}: {len(errors)} readings, median {statistics.median(errors):.2%}, worst {max(errors):.2%}")
-    lines.append(f"{total - len(scores)} of {total} readings are of code that the arithmetic does not cover (other frameworks, Liger's kernels)")
+    lines.append(
+        f"{total - len(scores)} of {total} readings are of code that the arithmetic does not cover (other frameworks, Liger's kernels)"
+    )
     return "\n".join(lines)
 
 
