@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from launcher.doctor import Ability, Finding
     from launcher.errors import LauncherError
+    from launcher.job.submit import Job
     from launcher.plan import Plan
     from launcher.train.inspect import Bin, ShownData
 
@@ -221,3 +222,72 @@ def print_findings(findings: list[Finding], abilities: list[Ability], stream: Te
     counts = [(sum(finding.health == health for finding in findings), health) for health in ("broken", "warning")]
     told = ", ".join(f"{count} {health}{'s' if health == 'warning' and count > 1 else ''}" for count, health in counts if count)
     console.print(f"\n{told or 'all that a run needs is here'}", style="bold", markup=False)
+
+
+def print_jobs(jobs: list[Job], stream: TextIO) -> None:
+    """A line a run: its name, Ray's state, since when and for how long, its folder."""
+    from rich.table import Table
+
+    table = Table()
+    for name in ("run", "state", "started", "took", "folder"):
+        table.add_column(name, overflow="fold")
+    for job in jobs:
+        table.add_row(job.run, job.state.lower(), _format_time(job.started), _format_span(job), job.folder)
+    make_console(stream).print(table)
+
+
+def print_status(job: Job, progress: dict[str, Any], stream: TextIO) -> None:
+    """How far one run is, as labelled lines."""
+    steps = f"{progress['step']} of {progress['total_steps']}" if progress["total_steps"] else "none yet"
+    lines = [
+        ("run", f"{job.run} ({job.submission_id})"),
+        ("state", job.state.lower() + (f", {progress['doing']}" if progress["doing"] and not job.is_over else "")),
+        ("steps", steps + (f", loss {format_loss(progress['loss'])}" if progress["step"] else "")),
+        ("committed", "nothing yet" if progress["committed"] is None else f"step {progress['committed']}"),
+        ("restarts", str(progress["restarts"])),
+        ("started", f"{_format_time(job.started)}, {_format_span(job)} ago" if not job.is_over else f"{_format_time(job.started)}, took {_format_span(job)}"),
+        ("folder", progress["folder"]),
+        ("ended with", progress["ended_with"]),
+    ]  # fmt: skip
+    for label, text in lines:
+        if text:
+            print(f"{label:<11}{text}", file=stream)
+
+
+def _format_time(seconds: float | None) -> str:
+    import datetime
+
+    return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S") if seconds else ""
+
+
+def _format_span(job: Job) -> str:
+    import time
+
+    return format_duration((job.ended or time.time()) - job.started) if job.started else ""
+
+
+def print_checkpoints(place: str, rows: list[dict[str, Any]], stream: TextIO) -> None:
+    """A line a checkpoint, then what is wrong with those that are not whole."""
+    import datetime
+
+    from rich.table import Table
+
+    console = make_console(stream)
+    console.print(place, markup=False, soft_wrap=True)
+    if not rows:
+        console.print("no checkpoints yet", style="dim")
+        return
+    table = Table()
+    for name in ("step", "size", "ranks", "ZeRO", "saved", "condition"):
+        table.add_column(name, justify="left" if name in ("saved", "condition") else "right")
+    for row in rows:
+        saved = f"{datetime.datetime.fromtimestamp(row['time']):%Y-%m-%d %H:%M:%S}" if "time" in row else ""
+        verified = {None: "", True: ", verified", False: ", DAMAGED"}[row["verified"]]
+        table.add_row(str(row["step"]), format_bytes(row["bytes"]), str(row.get("world_size", "")), str(row.get("zero_stage", "")), saved,
+                      row["condition"] + verified)  # fmt: skip
+    console.print(table)
+    for row in rows:
+        if row.get("why"):
+            console.print(f"step {row['step']}: {row['why']}", markup=False, soft_wrap=True)
+    if all(row["verified"] is None for row in rows):
+        console.print("verify reads every byte and compares it with its hash", style="dim")

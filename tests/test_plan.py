@@ -318,7 +318,9 @@ def test_memory_falls_with_the_stage_and_with_what_is_given_up() -> None:
     assert held("forward", parallel={"zero_stage": 3}) < held("forward", parallel={"zero_stage": 0})
     assert held("backward", parallel={"zero_stage": 2}) < held("backward", parallel={"zero_stage": 1})
     assert held("optimizer step", parallel={"zero_stage": 2, "offload_optimizer": True}) < stages[2]
-    assert held("forward", parallel={"zero_stage": 3, "offload_optimizer": True, "offload_param": True}) < held("forward", parallel={"zero_stage": 3})
+    assert held("forward", parallel={"zero_stage": 3, "offload_optimizer": True, "offload_param": True}) < held(
+        "forward", parallel={"zero_stage": 3}
+    )
     assert held("forward", memory={"gradient_checkpointing": False}) > held("forward")
     assert held("optimizer step", optim={"name": "adamw_8bit"}) < stages[2]
     assert held("optimizer step", optim={"name": "sgd"}) < held("optimizer step", optim={"name": "sgd", "momentum": 0.9})

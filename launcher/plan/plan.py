@@ -100,13 +100,14 @@ def load_plan(path: Path) -> Plan:
             "use the version that made the run",
         )
     try:
-        return _read_plan(facts)
+        return read_plan(facts)
     except (KeyError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise DataError(f"{path} is a plan that was changed or cut off ({problem})", "run the recipe again") from None
 
 
-def _read_plan(facts: dict[str, Any]) -> Plan:
+def read_plan(facts: dict[str, Any]) -> Plan:
+    """The plan of what `to_dict` gave."""
     return Plan(
         recipe=Recipe.model_validate_json(json.dumps(facts["recipe"])),
         cluster=Cluster.model_validate_json(json.dumps(facts["cluster"])),
