@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from launcher.plan.step import run_step
+from launcher.plan.step import recorded_step, run_step
 from launcher.plan.tape import KINDS
 from launcher.plan.workload import Workload
 
@@ -47,7 +47,10 @@ def _extend(few: Peak, more: Peak, layers: int) -> Peak:
 
 
 def _profile(work: Workload, layers: int | None, keep_gradients: bool, gradients_exist: bool) -> StepProfile:
-    tape = run_step(work, layers, keep_gradients=keep_gradients, gradients_exist=gradients_exist)
+    if layers is None:
+        tape = recorded_step(work, keep_gradients=keep_gradients, gradients_exist=gradients_exist)
+    else:
+        tape = run_step(work, layers, keep_gradients=keep_gradients, gradients_exist=gradients_exist)
     peaks = tape.peaks
     loss = max((peaks["loss"], peaks["loss backward"]), key=lambda peak: peak[0])
     return StepProfile(forward=_by_kind(peaks["forward"]), loss=_by_kind(loss), backward=_by_kind(peaks.get("backward", peaks["loss backward"])),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 from launcher.plan.decoder import Pass, decoder_layer, layer_type
@@ -33,6 +34,12 @@ def run_step(
     if train:
         backward(tape, loss)
     return tape
+
+
+@lru_cache(maxsize=2)
+def recorded_step(work: Workload, *, keep_gradients: bool, gradients_exist: bool) -> Tape:
+    """The tape of a whole micro-step with its events: both its peaks and the allocator's replay are taken from it."""
+    return run_step(work, keep_gradients=keep_gradients, gradients_exist=gradients_exist, record=True)
 
 
 class _Model:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from launcher.plan.gathering import gather
 from launcher.plan.states import Sharding, States
-from launcher.plan.step import run_step
+from launcher.plan.step import recorded_step
 from launcher.plan.workload import Workload, is_quantised
 
 Event = tuple[str, int, int]
@@ -54,7 +54,7 @@ def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, m
     bucket = story.begin("engine start", states.bucket) if states.bucket_always else 0
     if sharding.stage == 3:
         story.begin("engine start", states.gradients)
-    tape = run_step(work, keep_gradients=keeps, gradients_exist=keeps and micro_steps > 1, record=True)
+    tape = recorded_step(work, keep_gradients=keeps, gradients_exist=keeps and micro_steps > 1)
     assert tape.events is not None
     gathered = gather(work, sharding)
     for iteration in range(ITERATIONS):
