@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 import typer
 
 from launcher.cli.app import VERBS, ClusterOption, JsonOption, OverridesArgument, RecipeArgument, app, print_json
-from launcher.errors import BudgetError, ClusterError, Fault, RecipeError
+from launcher.errors import BudgetError, ClusterError, Fault, ModelError, RecipeError
 
 if TYPE_CHECKING:
     from launcher.cluster import Cluster
     from launcher.job.package import GoingOn
     from launcher.plan import Plan
+    from launcher.plan.profile import StepProfile
+    from launcher.plan.workload import Workload
     from launcher.recipe import Recipe
     from launcher.resuming import Choice
     from launcher.run import RunFolder
@@ -225,9 +227,21 @@ def make_checked_plan(recipe: Recipe, path: Path, cluster: Cluster, run_path: Pa
     from launcher.data.check import check_data
     from launcher.plan import make_plan
 
-    plan = make_plan(recipe, cluster, base_dir=str(path.parent.resolve()), run_dir=str(run_path))
+    plan = make_plan(recipe, cluster, base_dir=str(path.parent.resolve()), run_dir=str(run_path), tracer=_trace)
     check_data(recipe.data, plan.base_dir, has_chat_template=plan.shape.has_chat_template)
     return plan
+
+
+def _trace(work: Workload, *, keep_gradients: bool) -> StepProfile | None:
+    """The profile of a model of an unknown architecture; None where there is no torch, or it cannot be traced."""
+    try:
+        from launcher.train.trace import profile_by_trace
+    except ImportError:
+        return None
+    try:
+        return profile_by_trace(work, keep_gradients=keep_gradients)
+    except ModelError:
+        return None
 
 
 def _fill_run_folder(folder: RunFolder, plan: Plan, recipe_path: Path, overrides: tuple[str, ...]) -> None:

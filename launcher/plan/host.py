@@ -38,24 +38,26 @@ def make_host_phases(
     loading = whole if layout.zero_init else 0
     adapters = isinstance(recipe.method, Lora | QLora)
     exported = counts.trained * width if adapters else whole
+    # train/saving.py copies masters and states to host memory before it writes them.
+    staged = states.master + states.optimizer
     phases = {
         "load": [base, Component(name="weights", bytes=loading, provenance="source", error=0.2)],
         "optimizer step": held,
-        "save": [*held, Component(name="weights", bytes=exported, provenance="source", error=0.05)],
+        "save": [
+            *held,
+            Component(name="checkpoint staging", bytes=staged * workers, provenance="source", error=0.05),
+            Component(name="weights", bytes=exported, provenance="source", error=0.05),
+        ],
     }
     return tuple(Phase(name=name, components=tuple(c for c in parts if c.bytes)) for name, parts in phases.items())
 
 
-KEPT_CHECKPOINTS = 2
-"""One that is whole, and the one being written."""
-
-
 def make_disk(recipe: Recipe, shape: ModelShape, counts: Counts, width: int) -> DiskNeed:
-    """A checkpoint holds the fp32 masters and the optimizer's states of what is trained."""
+    """A checkpoint holds the fp32 masters and the optimizer's states of what is trained; the next is written before the oldest goes."""
     states = optimizer_bytes(recipe.optim.name, bool(recipe.optim.momentum), (counts.trained,), flat=True)
     checkpoint = 4 * counts.trained + states
     adapters = isinstance(recipe.method, Lora | QLora)
-    return DiskNeed(checkpoint_bytes=checkpoint, kept_checkpoints_bytes=KEPT_CHECKPOINTS * checkpoint,
+    return DiskNeed(checkpoint_bytes=checkpoint, kept_checkpoints_bytes=(recipe.save.keep + 1) * checkpoint,
                     export_bytes=width * (counts.trained if adapters else shape.num_params))  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from launcher.cluster import Cluster
 from launcher.plan.allocator import replay as replay_allocator
@@ -25,6 +25,12 @@ from launcher.plan.timeline import Story, tell_step
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
 from launcher.units import DTYPE_BYTES, GIB, MIB
+
+
+class Tracer(Protocol):
+    """Gives the profile of a workload by running its model on the meta device, or None where that cannot be."""
+
+    def __call__(self, work: Workload, *, keep_gradients: bool) -> StepProfile | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,12 +119,12 @@ def predict_memory(
     replay: bool = True,
     overheads: Overheads = DEFAULT_OVERHEADS,
     expandable_segments: bool = False,
-    profile: StepProfile | None = None,
+    tracer: Tracer | None = None,
 ) -> MemoryPlan:
     """What the run needs, phase by phase. `deepspeed` is its configuration; `budget` is the device's memory unless told.
 
     With `replay` the allocator is simulated and every layer computed; without, its slack is a share and a deep model's layers are
-    extrapolated: for a search over thousands of candidates. `profile` is a traced micro-step, for a model that has no closed form.
+    extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step of a model that has no closed form.
     """
     work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     counts = count_states(work)
@@ -127,15 +133,20 @@ def predict_memory(
         micro_steps=batch.gradient_accumulation_steps,
     )  # fmt: skip
     notes: list[str] = []
-    if profile is None and not (shape.is_known and shape.model_type in CLOSED_FORMS):
-        notes.append(
-            f"activations: counted as those of a Llama of the same sizes, because a {shape.model_type} has no exact arithmetic here (try --trace)"
-        )
-        work = replace(work, shape=as_llama(shape))
-    parts = Parts(work, sharding, counts, states, batch.gradient_accumulation_steps)
-    phases = _make_phases(parts, profile, exact=replay, known=not notes)
+    profile, acting = None, work
+    if not (shape.is_known and shape.model_type in CLOSED_FORMS):
+        profile = tracer(work, keep_gradients=sharding.stage < 2) if tracer is not None else None
+        if profile is None:
+            notes.append(
+                f"activations: counted as those of a Llama of the same sizes, because a {shape.model_type} has no exact arithmetic here"
+            )
+            acting = replace(work, shape=as_llama(shape))
+        else:
+            notes.append(f"activations: traced on the meta device, because a {shape.model_type} has no exact arithmetic here")
+    parts = Parts(work, acting, sharding, counts, states, batch.gradient_accumulation_steps)
+    phases = _make_phases(parts, profile, exact=replay, known=profile is not None or not notes)
     story = (
-        tell_step(parts.work, states, sharding, parts.keeps, batch.gradient_accumulation_steps)
+        tell_step(parts.acting, states, sharding, parts.keeps, batch.gradient_accumulation_steps)
         if replay and layout.accelerator == "cuda"
         else None
     )
@@ -171,6 +182,8 @@ class Parts:
     """What phases are put together from."""
 
     work: Workload
+    acting: Workload
+    """The same, or a Llama of its sizes where the model's own computation is not known."""
     sharding: Sharding
     counts: Counts
     states: States
@@ -192,7 +205,7 @@ def part(name: str, size: int, provenance: Provenance = "exact", error: float = 
 def _make_phases(parts: Parts, traced: StepProfile | None, *, exact: bool, known: bool) -> dict[str, Held]:
     work, states, sharding, counts = parts.work, parts.states, parts.sharding, parts.counts
     several = parts.micro_steps > 1
-    profile = traced or profile_step(work, keep_gradients=parts.keeps, gradients_exist=parts.keeps and several, exact=exact)
+    profile = traced or profile_step(parts.acting, keep_gradients=parts.keeps, gradients_exist=parts.keeps and several, exact=exact)
     gathered = gather(work, sharding)
     weights = [
         part("weights", states.weights + states.persistent),
@@ -230,7 +243,7 @@ def _make_phases(parts: Parts, traced: StepProfile | None, *, exact: bool, known
         "reduce": [*held, *gradients, *bucket, part("gradients", left, "source"), part("step workspace", states.reduce_copy, "source", 0.05)],
         "optimizer step": [*held, *step_gradients, *always, part("step workspace", states.step_peak, "source", 0.05)],
         "evaluation": [*held, *always, *(gradients if sharding.stage == 3 else []),
-                       *computing(profile.forward if traced else profile_evaluation(work), max(gathered.forward, gathered.loss))],
+                       *computing(profile.forward if traced else profile_evaluation(parts.acting), max(gathered.forward, gathered.loss))],
         "save": [*held, *always, *(gradients if sharding.stage == 3 else []),
                  part("gathered parameters", _exported_at_once(parts, gathered), "source", 0.1)],
     }  # fmt: skip

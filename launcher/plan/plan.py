@@ -16,7 +16,7 @@ from launcher.plan.budget import MemoryPlan
 from launcher.plan.calibration import apply_calibration, find_calibration, find_rates
 from launcher.plan.deepspeed import choose_bucket, make_deepspeed_config
 from launcher.plan.layout import Layout, make_layout
-from launcher.plan.memory import count_trainable, predict_memory
+from launcher.plan.memory import Tracer, count_trainable, predict_memory
 from launcher.plan.shape import ModelShape, load_shape
 from launcher.plan.solve import Choice, Predict, Suggestion, apply_changes, choose, describe_choice, make_candidates, suggest_changes
 from launcher.plan.source import locate_model
@@ -133,8 +133,11 @@ def checkpoints_url(recipe: Recipe, run_dir: str) -> str:
     return join_url(recipe.save.storage, Path(run_dir).name, "checkpoints")
 
 
-def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) -> Plan:
-    """Decide everything. Reads the model's configuration, nothing else. Raises RecipeError or ModelError."""
+def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, tracer: Tracer | None = None) -> Plan:
+    """Decide everything. Reads the model's configuration, nothing else. Raises RecipeError or ModelError.
+
+    `tracer` runs a model of an unknown architecture on the meta device (it takes torch, and seconds); without one its activations are guessed.
+    """
     shape = load_shape(locate_model(recipe.model.name_or_path, base_dir), recipe.model.revision)
     _check_length(recipe, shape)
     ranks = cluster.nodes * cluster.workers_per_node
@@ -153,13 +156,15 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str) 
     if recipe.optim.name == "adafactor" and layout.zero_stage:
         notes.append("adafactor: ZeRO hands it flat partitions, so its second moment is not factored (4 bytes a parameter)")
     adapters = trainable if recipe.method.kind in ("lora", "qlora") else 0
+    traced = tracer if not shape.is_known else None
+    memory = choice.taken.memory if traced is None else None
     return Plan(
         recipe=recipe,
         cluster=cluster,
         shape=shape,
         layout=layout,
         batch=batch,
-        memory=choice.taken.memory or make_predictor(shape, cluster, replay=True)(recipe, layout, batch),
+        memory=memory or make_predictor(shape, cluster, replay=True, tracer=traced)(recipe, layout, batch),
         deepspeed=configure_deepspeed(recipe, shape, layout, batch),
         num_params=shape.num_params + adapters,
         trainable_params=trainable,
@@ -189,13 +194,14 @@ def make_suggestions(plan: Plan) -> list[Suggestion]:
     return suggest_changes(settled, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, predict, confirm)
 
 
-def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool) -> Predict:
+def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool, tracer: Tracer | None = None) -> Predict:
     """What predicts the memory of a recipe, its layout and its batch, for this model and cluster."""
     measured = find_calibration(cluster)
 
     def predict(recipe: Recipe, layout: Layout, batch: BatchPlan) -> MemoryPlan:
         config = configure_deepspeed(recipe, shape, layout, batch)
-        memory = predict_memory(recipe, shape, layout, batch, cluster, deepspeed=config, budget=recipe.memory.budget_bytes, replay=replay)
+        memory = predict_memory(recipe, shape, layout, batch, cluster, deepspeed=config, budget=recipe.memory.budget_bytes, replay=replay,
+                                tracer=tracer)  # fmt: skip
         return apply_calibration(memory, measured, layout.workers_per_node) if measured else memory
 
     return predict
