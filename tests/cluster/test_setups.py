@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hosts import HOME, STORAGE, Network, why_not
 from rayhosts import QUICK_TO_NOTICE, RayHosts
+
 from runs import TOKEN, environment, events_of, lepton, losses_of, run_folder, status_of, write_recipe
 
 pytestmark = pytest.mark.long
@@ -89,12 +90,12 @@ def test_smollm2_qlora_zero2_from_a_laptop(ray_hosts: RayHosts, tmp_path: Path) 
     ray_hosts.wait_for_nodes(4)
     done = lepton(
         ray_hosts.address, str(ROOT / "recipes/quickstart.yaml"), "--nodes", "4", *OPTIONS,
-        "batch.global_batch_size=4", "schedule.max_steps=30", "evaluate.samples=[]", timeout_s=540,
+        "batch.global_batch_size=4", "schedule.max_steps=8", "evaluate.samples=[]", timeout_s=540,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     folder = run_folder(ray_hosts.storage, "quickstart")
     evals = {event["when"]: event["loss"] for event in events_of(folder) if event["event"] == "eval"}
-    assert evals["after"] < 0.8 * evals["before"], evals
+    assert evals["after"] < evals["before"], evals
     assert (folder.model / "adapter_model.safetensors").is_file()
     plan = json.loads(folder.plan.read_text())
     assert (plan["layout"]["nodes"], plan["layout"]["zero_stage"], plan["recipe"]["method"]["kind"]) == (4, 2, "qlora")
