@@ -4,6 +4,7 @@
 #   docker build -t lepton-launch .
 #   docker run --rm lepton-launch doctor
 #   docker run --rm --shm-size 1g -v "$PWD:/work" lepton-launch quickstart
+#   docker run --rm --network host --shm-size 1g --entrypoint ray lepton-launch start --address=HEAD:6379 --block
 #   docker run --rm --gpus all --shm-size 1g -v "$PWD:/work" lepton-launch my-recipe.yaml
 #
 # --gpus all needs the NVIDIA container toolkit on the host. The driver comes from there, CUDA from the torch wheel, so the
@@ -21,9 +22,9 @@ ARG UID=1000
 ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 
-# g++: Triton compiles its kernels with it on a GPU.
+# g++: Triton compiles its kernels with it on a GPU. wget: KubeRay's probes ask Ray's health through it.
 RUN apt-get update \
-    && apt-get install -y --no-install-recommends git make g++ \
+    && apt-get install -y --no-install-recommends git make g++ wget \
     && rm -rf /var/lib/apt/lists/*
 
 WORKDIR /opt/lepton-launch
@@ -33,6 +34,11 @@ RUN PIP_NO_CACHE_DIR=1 make install
 RUN useradd --create-home --uid "${UID}" lepton \
     && mkdir -p /work /home/lepton/.cache \
     && chown lepton:lepton /work /home/lepton/.cache
+# As head or worker of a cluster (cluster/) the image is started with another command than the one below: ray and python
+# are then found on the PATH, in login shells too, which set their own.
+ENV PATH=/opt/lepton-launch/.venv/bin:$PATH
+RUN echo 'export PATH=/opt/lepton-launch/.venv/bin:$PATH' > /etc/profile.d/lepton-launch.sh
+
 USER lepton
 WORKDIR /work
 

@@ -61,6 +61,7 @@ benchmarks: dev  ## throughput and start-up beside HF Trainer, TRL and torchrun;
 	$(PIP) --editable '.[bench]'
 	$(BIN)/python benchmarks/throughput.py
 	$(BIN)/python benchmarks/startup.py
+	$(BIN)/python benchmarks/recovery.py
 
 clean:  ## remove what make made
 	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache

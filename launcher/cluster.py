@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -18,6 +19,29 @@ from launcher.schema import Spec, check_document, load_document
 from launcher.units import MIB
 
 Accelerator = Literal["cpu", "cuda"]
+
+
+class RayOptions(Spec):
+    """How a run is placed on a Ray cluster, and how long it waits for what."""
+
+    storage: str = ""
+    """A folder that every node sees at this path (NFS, Lustre, a mounted bucket): run folders are made in it."""
+    min_nodes: PositiveInt | None = None
+    """Go on with as few as this many nodes when others are lost, and grow back when they return; --nodes 2..4."""
+    cpus_per_worker: PositiveInt = 1
+    """Cores that Ray sets aside for a worker."""
+    labels: dict[str, str] = {}
+    """Only nodes with these Ray labels take part (ray start --labels)."""
+    secrets: tuple[str, ...] = ()
+    """Names of environment variables that workers get, such as HF_TOKEN; their values are never printed nor in plan.json."""
+    capacity_timeout_s: PositiveFloat = 600.0
+    """How long to wait for nodes that are not there or not free."""
+    stall_timeout_s: PositiveFloat | None = None
+    """A group without progress for so long is hung, and restarted; left out, 20 times the usual step and at least 2 minutes."""
+    stop_grace_s: PositiveFloat = 60.0
+    """How long a run that is asked to stop may take to save."""
+    spare_workers: bool = True
+    """Keep a process a rank ready, its libraries imported, that takes over at once when a worker dies."""
 
 
 class Cluster(Spec):
@@ -45,6 +69,8 @@ class Cluster(Spec):
     """Whether the devices compute in bf16 natively (compute capability 8.0 and up; avx512_bf16 or amx_bf16)."""
     price_per_device_hour: PositiveFloat | None = None
     """What one device costs an hour, in any currency: the dry run estimates the cost of a run from it."""
+    ray: RayOptions = RayOptions()
+    """How a run is placed on a Ray cluster."""
 
 
 def load_cluster(path: Path) -> Cluster:
@@ -53,6 +79,35 @@ def load_cluster(path: Path) -> Cluster:
     if faults or cluster is None:
         raise RecipeError(faults)
     return cluster
+
+
+def locate_cluster(name: str) -> Path | None:
+    """The file of --cluster: a path, or the name of one in cluster/. None for an address. Raises ClusterError."""
+    if name == "auto" or "://" in name or re.fullmatch(r"[\w.\-\[\]:]+:\d+", name):
+        return None
+    folders = (Path("cluster"), Path(__file__).parents[1] / "cluster")
+    for path in (Path(name), *(folder / f"{name}.yaml" for folder in folders)):
+        if path.is_file():
+            return path
+    there = sorted({path.stem for folder in folders for path in folder.glob("*.yaml") if _is_cluster_file(path)})
+    raise ClusterError(
+        f"--cluster {name}: no such file, no cluster/{name}.yaml, and no address",
+        f"name {', '.join(there)}, a file, or http://HOST:8265" if there else "name a file, or http://HOST:8265",
+    )
+
+
+def _is_cluster_file(path: Path) -> bool:
+    """Whether a YAML file beside clusters is one: `ray up` and KubeRay have theirs there too."""
+    return any(line.startswith("address:") for line in path.read_text(encoding="utf-8").splitlines())
+
+
+def make_node_range(text: str) -> tuple[int, int]:
+    """The bounds of --nodes: "4" → (4, 4), "2..4" → (2, 4). Raises ClusterError."""
+    match = re.fullmatch(r"(\d+)(?:\.\.(\d+))?", text.strip())
+    least, most = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+    if not 1 <= least <= most:
+        raise ClusterError(f"--nodes {text}: a number of machines, or a range of them", "write --nodes 4, or --nodes 2..4")
+    return least, most
 
 
 def find_local_cluster(workers: int | None = None, accelerator: Accelerator | None = None) -> Cluster:

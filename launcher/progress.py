@@ -92,6 +92,8 @@ class LiveDisplay:
         kind = event.get("event")
         if kind == "phase":
             self._start_phase(str(event["name"]))
+        elif kind == "waiting":
+            self._start_phase(describe_event(event))
         elif kind == "start":
             self._print(event)
             self._start_steps(event["total_steps"])
@@ -220,6 +222,9 @@ _DESCRIBE: dict[str, Callable[[Event], str]] = {
     "checkpoint_failed": lambda event: f"NO CHECKPOINT of step {event['step']}: {event['why']}; training goes on",
     "end": lambda event: f"trained {event['steps']} steps in {format_duration(event['train_s'])}",
     "note": lambda event: str(event["text"]),
+    "waiting": lambda event: f"waiting for nodes: {event['text']} ({format_duration(event['left_s'])} left)",
+    "restart": lambda event: f"restarting: {event['text']}",
+    "log": lambda event: "" if event.get("quiet") else f"[{event['origin']}] {event['text']}",
 }
 
 

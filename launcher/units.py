@@ -19,6 +19,14 @@ def make_bytes(text: str) -> int:
     return int(float(match[1]) * _SUFFIX[match[2].upper()])
 
 
+def make_seconds(text: str) -> float:
+    """Seconds from a time with its unit: "90s" → 90, "10m" → 600, "2h" → 7200. Raises ValueError without a unit."""
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*(s|m|h|d)\s*", text)
+    if match is None:
+        raise ValueError(f"{text!r} is not a time; write a number with its unit, such as 90s or 10m")
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
 def format_bytes(count: float) -> str:
     """Bytes for a person: 25769803776 → "24.0 GiB"."""
     for size, unit in ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB")):

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from launcher.doctor import Ability, Finding
     from launcher.errors import LauncherError
+    from launcher.job.submit import Job
     from launcher.plan import Plan
     from launcher.train.inspect import Bin, ShownData
 
@@ -221,6 +222,48 @@ def print_findings(findings: list[Finding], abilities: list[Ability], stream: Te
     counts = [(sum(finding.health == health for finding in findings), health) for health in ("broken", "warning")]
     told = ", ".join(f"{count} {health}{'s' if health == 'warning' and count > 1 else ''}" for count, health in counts if count)
     console.print(f"\n{told or 'all that a run needs is here'}", style="bold", markup=False)
+
+
+def print_jobs(jobs: list[Job], stream: TextIO) -> None:
+    """A line a run: its name, Ray's state, since when and for how long, its folder."""
+    from rich.table import Table
+
+    table = Table()
+    for name in ("run", "state", "started", "took", "folder"):
+        table.add_column(name, overflow="fold")
+    for job in jobs:
+        table.add_row(job.run, job.state.lower(), _format_time(job.started), _format_span(job), job.folder)
+    make_console(stream).print(table)
+
+
+def print_status(job: Job, progress: dict[str, Any], stream: TextIO) -> None:
+    """How far one run is, as labelled lines."""
+    steps = f"{progress['step']} of {progress['total_steps']}" if progress["total_steps"] else "none yet"
+    lines = [
+        ("run", f"{job.run} ({job.submission_id})"),
+        ("state", job.state.lower() + (f", {progress['doing']}" if progress["doing"] and not job.is_over else "")),
+        ("steps", steps + (f", loss {format_loss(progress['loss'])}" if progress["step"] else "")),
+        ("committed", "nothing yet" if progress["committed"] is None else f"step {progress['committed']}"),
+        ("restarts", str(progress["restarts"])),
+        ("started", f"{_format_time(job.started)}, {_format_span(job)} ago" if not job.is_over else f"{_format_time(job.started)}, took {_format_span(job)}"),
+        ("folder", progress["folder"]),
+        ("ended with", progress["ended_with"]),
+    ]  # fmt: skip
+    for label, text in lines:
+        if text:
+            print(f"{label:<11}{text}", file=stream)
+
+
+def _format_time(seconds: float | None) -> str:
+    import datetime
+
+    return datetime.datetime.fromtimestamp(seconds).strftime("%Y-%m-%d %H:%M:%S") if seconds else ""
+
+
+def _format_span(job: Job) -> str:
+    import time
+
+    return format_duration((job.ended or time.time()) - job.started) if job.started else ""
 
 
 def print_checkpoints(place: str, rows: list[dict[str, Any]], stream: TextIO) -> None:

@@ -124,7 +124,7 @@ def test_a_run_from_recipe_to_adapter_beside_another_ray(recipe: Path, tmp_path:
     assert (Path.home() / ".ray/auth_token").exists() == token_before
     folder = RunFolder(tmp_path / "runs/tiny")
     assert status(tmp_path)["state"] == "finished"
-    assert {p.name for p in folder.path.iterdir()} == {"recipe.yaml", "plan.json", "metrics.jsonl", "status.json", "logs", "model", "report.md",
+    assert {p.name for p in folder.path.iterdir()} == {"recipe.yaml", "plan.json", "metrics.jsonl", "status.json", "checkpoints", "logs", "model", "report.md",
                                                        "loss.png", "trackers"}  # fmt: skip
     assert {p.name for p in folder.model.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors", "README.md", "tokenizer.json"}
     assert {oct(path.stat().st_mode & 0o777) for path in folder.model.iterdir()} == {"0o644"}, "others may read it"

@@ -19,7 +19,21 @@ from launcher import __version__
 from launcher.errors import Interrupted, LauncherError, RecipeError
 
 # In the order of --help.
-VERBS = ("run", "data", "generate", "export", "checkpoints", "recipes", "doctor", "calibrate")
+VERBS = (
+    "run",
+    "list",
+    "status",
+    "logs",
+    "attach",
+    "stop",
+    "checkpoints",
+    "data",
+    "generate",
+    "export",
+    "recipes",
+    "doctor",
+    "calibrate",
+)
 GROUP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
 
@@ -100,6 +114,15 @@ OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="section.key=value", help="Changes to the recipe.", show_default=False)
 ]
 RunArgument = Annotated[str, typer.Argument(metavar="RUN", help="A run folder, or the name of one in runs/.", show_default=False)]
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME|FILE|ADDRESS",
+        help="A cluster file, or a running Ray: http://HOST:8265; without it, this machine.",
+        show_default=False,
+    ),
+]
+JobArgument = Annotated[str, typer.Argument(metavar="RUN", help="The name of a run on a cluster.", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Write one JSON document to stdout, errors too.")]
 
 

@@ -14,23 +14,18 @@ import secrets
 import shutil
 import signal
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launcher.errors import ClusterError, Interrupted, LauncherError, Stopped, TrainingError
-from launcher.job.worker import Worker, worker_options
-from launcher.plan import PLAN_FILE, Plan
+from launcher.errors import ClusterError, Interrupted, LauncherError, Stopped
+from launcher.job.group import Group, GroupFailed, ask_to_stop, end_workers, run_group, start_workers
+from launcher.plan import Plan
 from launcher.run import Event, RunFolder, write_status
 
 AGAIN = "the same command goes on from the newest checkpoint; where there is none it starts over"
-START_TIMEOUT_S = 120.0
-POLL_S = 0.25
-FELLOW_ERRORS_S = 3.0
-"""After the first rank fails, how long the others may still say why: the cause often speaks second."""
 
 
 def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
@@ -40,7 +35,7 @@ def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
     try:
         with _own_ray(plan) as ray, _noting_signals() as stop_asked:
             show({"event": "phase", "name": "starting workers"})
-            _drive(ray, plan, show, stop_asked)
+            _run_workers(ray, plan, show, stop_asked)
     except KeyboardInterrupt:
         write_status(folder, "stopped", message="interrupted")
         raise Interrupted("interrupted", AGAIN) from None
@@ -54,6 +49,36 @@ def run_job(plan: Plan, show: Callable[[Event], None]) -> None:
         write_status(folder, "failed", error=type(error).__name__, message=str(error), remedy="", exit_code=1)
         raise
     write_status(folder, "finished")
+
+
+def _run_workers(ray: Any, plan: Plan, show: Callable[[Event], None], stop_asked: Callable[[], LauncherError | None]) -> None:
+    """Start a worker a rank and train. Asked to stop, the group saves after the step it is in; before its first it just ends."""
+    stopping: list[LauncherError] = []
+
+    def end_if_asked(group: Group) -> None:
+        if stopping or not (asked := stop_asked()):
+            return
+        if not group.step:
+            raise asked
+        stopping.append(asked)
+        show({"event": "note", "text": "stopping: the step is ended and saved; once more stops at once"})
+        ask_to_stop(group)
+
+    try:
+        group = start_workers(ray, plan, [{}] * plan.layout.world_size, secrets={})
+        try:
+            run_group(ray, group, plan, show, hear=lambda rank, news: None, watch=end_if_asked)
+        finally:
+            end_workers(ray, group.workers)
+    except GroupFailed as failed:
+        raise _name_end(failed.failure.error, stopping) from None
+
+
+def _name_end(error: LauncherError, stopping: list[LauncherError]) -> LauncherError:
+    """A stop that was asked for is named by how it was asked, with what the workers say about the save."""
+    if stopping and isinstance(error, Stopped):
+        return type(stopping[0])(f"{stopping[0].message}; {error.message}", error.remedy)
+    return error
 
 
 @contextmanager
@@ -95,82 +120,6 @@ def _own_ray(plan: Plan) -> Iterator[Any]:
     finally:
         ray.shutdown()
         shutil.rmtree(files, ignore_errors=True)
-
-
-def _drive(ray: Any, plan: Plan, show: Callable[[Event], None], stop_asked: Callable[[], LauncherError | None]) -> None:
-    """Start a worker a rank, hand over the plan, pass events on until all are done or one fails."""
-    actor = ray.remote(**worker_options(plan))(Worker)
-    workers = [actor.remote(plan.run_dir, rank) for rank in range(plan.layout.world_size)]
-    try:
-        address = ray.get(workers[0].reserve_address.remote(), timeout=START_TIMEOUT_S)
-        plan_path = str(Path(plan.run_dir) / PLAN_FILE)
-        running = {worker.train.remote(plan_path, address): rank for rank, worker in enumerate(workers)}
-        training, stopping = False, None
-        while running:
-            done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
-            if stopping is None and (stopping := stop_asked()):
-                if not training:
-                    raise stopping
-                show({"event": "note", "text": "stopping: the step is ended and saved; once more stops at once"})
-                for worker in workers:
-                    worker.ask_to_stop.options(concurrency_group="control").remote()
-            training = _show_events(ray, workers[0], show) or training
-            failures = [failure for ref in done if (failure := _failure_of(ray, ref, running.pop(ref)))]
-            if failures:
-                _show_events(ray, workers[0], show)
-                raise _cause(failures + _fellow_failures(ray, running), stopping)
-        _show_events(ray, workers[0], show)
-    except ray.exceptions.GetTimeoutError:
-        raise ClusterError(
-            f"no worker started within {START_TIMEOUT_S:.0f} s", "lepton-launch doctor says what this machine lacks"
-        ) from None
-    finally:
-        for worker in workers:
-            ray.kill(worker)
-
-
-def _show_events(ray: Any, worker: Any, show: Callable[[Event], None]) -> bool:
-    """Pass on what rank 0 reported; whether steps were among it."""
-    try:
-        events = ray.get(worker.take_events.options(concurrency_group="control").remote(), timeout=10)
-    except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-        return False  # its train() call tells why
-    for event in events:
-        show(event)
-    return any(event["event"] == "step" for event in events)
-
-
-def _failure_of(ray: Any, ref: Any, rank: int) -> LauncherError | None:
-    try:
-        ray.get(ref)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        return (
-            cause if isinstance(cause, LauncherError) else TrainingError(f"rank {rank}: {cause!r}", "the traceback is in the run's logs/")
-        )
-    except ray.exceptions.RayActorError as error:
-        reason = " ".join(str(error).split("\n")[0].split())
-        return TrainingError(
-            f"the process of rank {rank} died: {reason}",
-            "see the end of its file in the run's logs/; a kill by the kernel (out of memory) leaves no trace there",
-        )
-    return None
-
-
-def _fellow_failures(ray: Any, running: dict[Any, int]) -> list[LauncherError]:
-    deadline, failures = time.monotonic() + FELLOW_ERRORS_S, []
-    while running and time.monotonic() < deadline:
-        done, _ = ray.wait(list(running), num_returns=1, timeout=POLL_S)
-        failures += [failure for ref in done if (failure := _failure_of(ray, ref, running.pop(ref)))]
-    return failures
-
-
-def _cause(failures: list[LauncherError], stopping: LauncherError | None) -> LauncherError:
-    """The failure that says most: a named one before "the connection to the others broke". A stop that was asked for
-    is named by how it was asked, with what the workers say about the save.
-    """
-    cause = min(failures, key=lambda failure: type(failure) is TrainingError)
-    return type(stopping)(f"{stopping.message}; {cause.message}", cause.remedy) if stopping and isinstance(cause, Stopped) else cause
 
 
 @contextmanager

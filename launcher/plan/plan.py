@@ -100,13 +100,14 @@ def load_plan(path: Path) -> Plan:
             "use the version that made the run",
         )
     try:
-        return _read_plan(facts)
+        return read_plan(facts)
     except (KeyError, TypeError, ValueError) as error:
         problem = f"{type(error).__name__}: {str(error).splitlines()[0]}"
         raise DataError(f"{path} is a plan that was changed or cut off ({problem})", "run the recipe again") from None
 
 
-def _read_plan(facts: dict[str, Any]) -> Plan:
+def read_plan(facts: dict[str, Any]) -> Plan:
+    """The plan of what `to_dict` gave."""
     return Plan(
         recipe=Recipe.model_validate_json(json.dumps(facts["recipe"])),
         cluster=Cluster.model_validate_json(json.dumps(facts["cluster"])),
@@ -184,8 +185,8 @@ def make_suggestions(plan: Plan) -> list[Suggestion]:
         return count_trainable(recipe, plan.shape)
 
     settled = apply_changes(plan.recipe, {"batch.micro_batch_size": plan.batch.micro_batch_size})
-    predict = make_predictor(plan.shape, plan.cluster, replay=False)
-    return suggest_changes(settled, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, predict)
+    predict, confirm = (make_predictor(plan.shape, plan.cluster, replay=replay) for replay in (False, True))
+    return suggest_changes(settled, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, predict, confirm)
 
 
 def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool) -> Predict:

@@ -72,6 +72,7 @@ def _convert_gguf(source: ModelSource) -> None:
 
     Loaded from there it is a model as any other: bitsandbytes can quantise it, ZeRO-3 can shard it.
     """
+    from safetensors.torch import save_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     folder = _converted_folder(source)
@@ -83,7 +84,11 @@ def _convert_gguf(source: ModelSource) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             source.folder, gguf_file=name, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
         )
-        model.save_pretrained(unfinished)
+        # On each node by the first of its ranks: save_pretrained writes on rank 0 alone once there is a group
+        # (transformers 5.23, distributed/mixin.py).
+        model.config.save_pretrained(unfinished)
+        model.generation_config.save_pretrained(unfinished)
+        save_model(model, str(unfinished / "model.safetensors"), metadata={"format": "pt"})
         if not folder.is_dir():
             unfinished.rename(folder)
     finally:

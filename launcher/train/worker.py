@@ -34,6 +34,7 @@ from launcher.train.data import Samples, check_packing, load_samples, open_eval_
 from launcher.train.evaluate import answer_prompts, measure_loss
 from launcher.train.export import export_model
 from launcher.train.foreign import naming_foreign_errors
+from launcher.train.group import prove_group
 from launcher.train.loop import train
 from launcher.train.methods import apply_method
 from launcher.train.metrics import open_report
@@ -56,12 +57,13 @@ Show = Callable[[Event], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rank:
-    """Which worker this is. `store` is where the group meets; without one, torchrun's environment says."""
+    """Which worker this is. `store` is where the group meets; without one, torchrun's environment says. `hosts`: of each rank."""
 
     rank: int
     local_rank: int
     world_size: int
     store: Any = None  # torch.distributed.Store
+    hosts: tuple[str, ...] = ()
 
 
 def run_rank(plan: Plan, me: Rank, *, show: Show, stop_asked: Callable[[], bool]) -> None:
@@ -301,6 +303,7 @@ def _process_group(plan: Plan, me: Rank) -> Iterator[None]:
     import deepspeed
 
     try:
+        prove_group(plan, me.hosts)
         _introduce_deepspeed(plan)
         yield
     finally:
