@@ -151,7 +151,8 @@ def main() -> None:
                         found = run(hosts, folder, f"r{number}-{fault.replace(' ', '-')}", strike)
                         results.setdefault(fault, {}).setdefault(who, []).append(found)
                         print(f"{fault:<20} {who:<24} {found}", flush=True)
-    write_results(results, chosen.out)
+                        write_results(results, chosen.out)  # each time: what is measured stays, should the rest not come to its end
+    print(json.dumps(json.loads(chosen.out.read_text())["median"], indent=2))
 
 
 def write_results(results: dict[str, Any], out: Path) -> None:
@@ -165,7 +166,6 @@ def write_results(results: dict[str, Any], out: Path) -> None:
              "median": medians, "rounds": results}  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(medians, indent=2))
 
 
 if __name__ == "__main__":
