@@ -63,7 +63,7 @@ def make_page(dry: DryRun) -> str:
         ]
     parts += ["<h2>Disk, network, time</h2>", _table(["", ""], [[escape(a), escape(b)] for a, b in describe_rest(plan, dry.speed)])]
     words = [[escape(label), escape(text)] for label, text in describe_plan(plan) if label and label != "memory"]
-    notes = "".join(f"<li>{escape(note)}</li>" for note in (*plan.notes, *memory.notes))
+    notes = "".join(f"<li>{escape(note)}</li>" for note in (*plan.notes, *memory.notes, *dry.assumptions))
     parts += ["<h2>Plan</h2>", _table(["", ""], words), f"<h2>Chosen and assumed</h2><ul>{notes}</ul>"]
     title = f"{plan.recipe.name}: memory plan"
     return (

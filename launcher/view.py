@@ -264,3 +264,30 @@ def _format_span(job: Job) -> str:
     import time
 
     return format_duration((job.ended or time.time()) - job.started) if job.started else ""
+
+
+def print_checkpoints(place: str, rows: list[dict[str, Any]], stream: TextIO) -> None:
+    """A line a checkpoint, then what is wrong with those that are not whole."""
+    import datetime
+
+    from rich.table import Table
+
+    console = make_console(stream)
+    console.print(place, markup=False, soft_wrap=True)
+    if not rows:
+        console.print("no checkpoints yet", style="dim")
+        return
+    table = Table()
+    for name in ("step", "size", "ranks", "ZeRO", "saved", "condition"):
+        table.add_column(name, justify="left" if name in ("saved", "condition") else "right")
+    for row in rows:
+        saved = f"{datetime.datetime.fromtimestamp(row['time']):%Y-%m-%d %H:%M:%S}" if "time" in row else ""
+        verified = {None: "", True: ", verified", False: ", DAMAGED"}[row["verified"]]
+        table.add_row(str(row["step"]), format_bytes(row["bytes"]), str(row.get("world_size", "")), str(row.get("zero_stage", "")), saved,
+                      row["condition"] + verified)  # fmt: skip
+    console.print(table)
+    for row in rows:
+        if row.get("why"):
+            console.print(f"step {row['step']}: {row['why']}", markup=False, soft_wrap=True)
+    if all(row["verified"] is None for row in rows):
+        console.print("verify reads every byte and compares it with its hash", style="dim")

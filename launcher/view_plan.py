@@ -61,6 +61,8 @@ def print_dry_run(dry: DryRun, stream: TextIO) -> None:
     _print_host(console, dry.plan)
     for label, text in describe_rest(dry.plan, dry.speed):
         _print_wrapped(console, f"{label:<{NAME_WIDTH}}", text)
+    for note in (*memory.notes, *dry.assumptions):
+        _print_wrapped(console, f"{'':<{NAME_WIDTH}}· ", note, "dim")
     if dry.suggestions is not None:
         _print_suggestions(console, dry.suggestions, dry.nodes_that_fit)
     if dry.choice is not None:
@@ -112,9 +114,18 @@ def _print_phases(
         line.append(" " + "".join(f"{format_bytes(number):>{NUMBER_WIDTH}}" for number in numbers), style=style)
         console.print(line, soft_wrap=True)
         if phase is not decisive or figures is not DEVICE_FIGURES:
-            _print_wrapped(console, "    ", " + ".join(f"{part.name} {format_bytes(part.bytes)}" for part in _in_order(phase)), "dim")
+            _print_wrapped(console, "    ", describe_components(phase), "dim")
     if figures is DEVICE_FIGURES:
         console.print(_legend(colours=console.is_terminal), soft_wrap=True)
+
+
+def describe_components(phase: Phase) -> str:
+    """What a phase is made of in one line; parts below a hundredth of it are one."""
+    total = phase.total_bytes
+    large = [part for part in _in_order(phase) if part.bytes >= total / 100]
+    rest = total - sum(part.bytes for part in large)
+    told = [f"{part.name} {format_bytes(part.bytes)}" for part in large] + ([f"other {format_bytes(rest)}"] if rest else [])
+    return " + ".join(told)
 
 
 def _draw_bar(phase: Phase, scale: int, budget: int | None, width: int, *, colours: bool) -> Text:

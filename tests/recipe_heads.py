@@ -36,10 +36,23 @@ def make_needs(path: Path) -> list[str]:
     cpu = plan_on(path, CPU)
     if cpu is not None and cpu.num_params < CPU_PARAMS and cpu.memory.verdict != "DOES NOT FIT":
         fitting.append(f"{whole(cpu.memory.device('total').p95)} GiB a CPU worker")
-    found = fitting or ["more than any of the machines that heads speak of has"]
-    told = [f"{line}{',' if index < len(found) - 1 else ''}" for index, line in enumerate(found)]
-    head, *rest = told
-    return [f"#   needs  by its dry run, at most {head}" if fitting else f"#   needs  {head}", *(f"#          {line}" for line in rest)]
+    if not fitting:
+        return [f"#   needs  {line}" if not number else f"#          {line}" for number, line in enumerate(_describe_largest(path))]
+    told = [f"{line}{',' if index < len(fitting) - 1 else ''}" for index, line in enumerate(fitting)]
+    return [f"#   needs  by its dry run, at most {told[0]}", *(f"#          {line}" for line in told[1:])]
+
+
+def _describe_largest(path: Path) -> tuple[str, str]:
+    """For what fits nowhere: the phase that decides on the largest machines, and what the run would need but for it."""
+    gpu, nodes, each = SETUPS[-1]
+    plan = plan_on(path, make_cluster(find_device(gpu), nodes=nodes, gpus_per_node=each))
+    assert plan is not None
+    memory = plan.memory
+    others = max(phase.figure("total").p95 for phase in memory.phases if phase is not memory.decisive)
+    return (
+        f"by its dry run, {whole(memory.device('total').p95)} GiB a GPU in the phase {memory.decisive_phase}, more than any GPU of the catalogue has;",
+        f"{whole(others)} GiB a GPU in all other phases, on {nodes} machines of {each} × {gpu}",
+    )
 
 
 def whole(size: int) -> str:

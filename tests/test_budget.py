@@ -37,7 +37,8 @@ def test_a_run_compares_itself_with_its_plan_once(two_ranks: Ranks, tiny: Path, 
     assert figure["error"] == pytest.approx(figure["measured"] / figure["predicted"] - 1)
     assert describe_event(event).startswith("memory: resident growth ") and "planned" in describe_event(event)
     warned = [event["text"] for event in events if event["event"] == "note" and event["text"].startswith("warning: resident growth")]
-    assert len(warned) == (abs(figure["error"]) > budget.WARN_BEYOND)
+    seen = Reading(name=name, predicted=figure["predicted"], predicted_p95=figure["predicted_p95"], measured=figure["measured"])
+    assert len(warned) == budget.is_miss(seen)
 
 
 def test_what_was_planned_is_the_steps_without_libraries_and_loading(tiny: Path, tmp_path: Path) -> None:
@@ -72,6 +73,15 @@ print(peak >> 20, now >> 20, (read_peak_anonymous() - base) >> 20)
 def test_a_miss_is_told_with_its_direction(measured: int, told: str) -> None:
     reading = Reading(name="allocated", predicted=100 * MIB, predicted_p95=120 * MIB, measured=measured * MIB)
     assert describe_miss(reading) == f"warning: allocated: {measured}.0 MiB measured, 100.0 MiB predicted: {told}"
+
+
+@pytest.mark.parametrize(
+    ("name", "predicted", "measured", "miss"),
+    [("allocated", 100, 109, False), ("allocated", 100, 111, True), ("allocated", 100, 89, True), ("resident growth", 100, 200, False),
+     ("resident growth", 1000, 1500, True), ("resident growth", 10_000, 10_900, False)],
+)  # fmt: skip
+def test_what_counts_as_a_miss(name: str, predicted: int, measured: int, miss: bool) -> None:
+    assert budget.is_miss(Reading(name=name, predicted=predicted * MIB, predicted_p95=predicted * MIB, measured=measured * MIB)) == miss
 
 
 def test_on_a_gpu_torch_is_told_what_the_budget_leaves_its_allocator(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,3 +152,21 @@ def test_measured_rates_are_a_cores(own_config: Path) -> None:
     save_calibration(MEASURED)
     device = find_rates(HERE)
     assert device is not None and device.flops_fp32 == 2 * 5e10
+
+
+def test_calibrate_measures_this_machine_and_later_plans_use_it(own_config: Path) -> None:
+    """The real thing, in a process of its own: libraries, a few training steps of a small model, matrix products."""
+    from test_cli import invoke
+
+    result = invoke("calibrate", "--accelerator", "cpu", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["device"] == "CPU" and found["path"].startswith(str(own_config))
+    assert 200 << 20 < found["bytes"]["libraries"] < 3 << 30, "torch, transformers, DeepSpeed, peft and bitsandbytes, imported"
+    assert 0.0 <= found["slack"] < 1.5
+    assert 1e9 < found["rates"]["flops_fp32"] < 1e12 and 1e8 < found["rates"]["memory_rate"] < 1e12
+    document = json.loads(invoke("quickstart", "--dry-run", "--json").stdout)
+    (libraries,) = [part for part in document["phases"][-1]["components"] if part["name"] == "libraries"]
+    assert libraries["bytes"] == found["bytes"]["libraries"] and libraries["provenance"] == "fitted"
+    assert any("measured on this machine" in note for note in document["notes"])
+    assert invoke("calibrate", "--accelerator", "cuda").exit_code in (0, 5)

@@ -74,8 +74,10 @@ def test_every_phase_with_its_figures_and_components(monkeypatch: pytest.MonkeyP
     for phase in dry.plan.memory.phases:
         (line, *_) = [line for line in told.splitlines() if line[2:17].strip() == phase.name]
         assert view_plan.format_bytes(phase.figure("total").p95) in line and line.startswith("▸") == (phase is dry.plan.memory.decisive)
+        decides = phase is dry.plan.memory.decisive
         for part in phase.components:
-            assert part.name in told and view_plan.format_bytes(part.bytes) in told
+            if decides or part.bytes >= phase.total_bytes / 100:
+                assert part.name in told and view_plan.format_bytes(part.bytes) in told
     assert "estimated, not measured" in told and "host memory of a node (4 ranks)" in told and "for the run folder" in told
 
 
@@ -212,7 +214,7 @@ def test_what_is_wrong_is_said(args: list[object], code: int, told: str, monkeyp
 
 
 def test_a_sweep_is_a_table_and_a_document() -> None:
-    plain = invoke("llama-3.1-8b-lora", "--gpu", "h100", "--sweep", "seq_len=2k,32k", "nodes=1..3", "optim.lr=3e-4")
+    plain = invoke("llama-3.1-8b-lora", "--gpu", "h100", "--sweep", "seq_len=2k,128k", "nodes=1..3", "optim.lr=3e-4")
     assert plain.exit_code == 0 and plain.stdout.count("not divisible") == 2 and "DOES NOT FIT" in plain.stdout
     rows = json.loads(invoke("llama-3.1-8b-lora", "--sweep", "gpu=t4,h200", "zero_stage=2,3", "--json").stdout)["rows"]
     assert [row["at"] for row in rows] == [{"gpu": gpu, "zero_stage": stage} for gpu in ("t4", "h200") for stage in ("2", "3")]

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import DECODERS, build_decoder, build_others, config_of
 
 from launcher.plan.inventory_others import make_inventory
 from launcher.plan.shape import shape_of_config
-from tests.architectures import DECODERS, build_decoder, build_others, config_of
 
 
 def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:

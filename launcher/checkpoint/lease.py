@@ -28,8 +28,8 @@ SETTLE_S = 0.3
 class Lease:
     """Holds the right to write below a storage, from `take` to `release`."""
 
-    def __init__(self, storage: Storage) -> None:
-        self._storage = storage
+    def __init__(self, storage: Storage, beat_s: float = BEAT_S, patience_s: float = PATIENCE_S) -> None:
+        self._storage, self._beat_s, self._patience_s = storage, beat_s, patience_s
         self.token = secrets.token_hex(8)
         self._beat, self._ended = 0, threading.Event()
         self._thread = threading.Thread(target=self._keep, daemon=True, name="checkpoint-lease")
@@ -37,7 +37,7 @@ class Lease:
     def take(self) -> None:
         """Raises CheckpointError where another run that lives holds it; one that died is followed at once, or after PATIENCE_S."""
         owner = _load_owner(self._storage)
-        if owner and _is_alive(self._storage, owner):
+        if owner and self._is_alive(owner):
             raise CheckpointError(
                 f"another run writes to {self._storage.url}: process {owner['pid']} on {owner['host']}",
                 "wait for it or stop it; to start a second run beside it, add --fresh",
@@ -62,8 +62,23 @@ class Lease:
         if owner and owner["token"] == self.token:
             self._storage.delete(OWNER)
 
+    def _is_alive(self, owner: dict[str, Any]) -> bool:
+        here = _lives_here(owner)
+        if here is False:
+            return False
+        # Alive here, or on a host we cannot look into. A worker whose launcher was killed ends within seconds: let it.
+        deadline = time.monotonic() + self._patience_s
+        while time.monotonic() < deadline:
+            time.sleep(self._beat_s / 6)
+            now = _load_owner(self._storage)
+            if now is None or _lives_here(now) is False:
+                return False
+            if (now["token"], now["beat"]) != (owner["token"], owner["beat"]) and here is None:
+                return True
+        return here is True
+
     def _keep(self) -> None:
-        while not self._ended.wait(BEAT_S):
+        while not self._ended.wait(self._beat_s):
             try:
                 self.check()
                 self._write()
@@ -88,22 +103,6 @@ def _load_owner(storage: Storage) -> dict[str, Any] | None:
     except (FileNotFoundError, ValueError):
         return None
     return facts if isinstance(facts, dict) and {"token", "pid", "host", "boot", "born", "beat"} <= facts.keys() else None
-
-
-def _is_alive(storage: Storage, owner: dict[str, Any]) -> bool:
-    here = _lives_here(owner)
-    if here is False:
-        return False
-    # Alive here, or on a host we cannot look into. A worker whose launcher was killed ends within seconds: let it.
-    deadline = time.monotonic() + PATIENCE_S
-    while time.monotonic() < deadline:
-        time.sleep(BEAT_S / 6)
-        now = _load_owner(storage)
-        if now is None or _lives_here(now) is False:
-            return False
-        if (now["token"], now["beat"]) != (owner["token"], owner["beat"]) and here is None:
-            return True
-    return here is True
 
 
 def _lives_here(owner: dict[str, Any]) -> bool | None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from launcher.cli import calibrate, doctor, jobs, models, recipes, run  # noqa: F401  verbs join the app as they are imported
+from launcher.cli import calibrate, checkpoints, doctor, jobs, models, recipes, run  # noqa: F401  verbs join the app as they are imported
 from launcher.cli.app import VERBS, app
 
 __all__ = ["VERBS", "app", "main"]

@@ -19,7 +19,21 @@ from launcher import __version__
 from launcher.errors import Interrupted, LauncherError, RecipeError
 
 # In the order of --help.
-VERBS = ("run", "list", "status", "logs", "attach", "stop", "data", "generate", "export", "recipes", "doctor", "calibrate")
+VERBS = (
+    "run",
+    "list",
+    "status",
+    "logs",
+    "attach",
+    "stop",
+    "checkpoints",
+    "data",
+    "generate",
+    "export",
+    "recipes",
+    "doctor",
+    "calibrate",
+)
 GROUP_OPTIONS = ("--help", "-h", "--version", "--install-completion", "--show-completion")
 
 

@@ -32,9 +32,7 @@ def run(
         str | None, typer.Option(metavar="N or N..M", help="How many machines take part; 2..4 goes on with what is there.")
     ] = None,
     cluster: ClusterOption = None,
-    workers: Annotated[
-        int | None, typer.Option("--workers", "--gpus-per-node", min=1, help="Workers a machine; one a GPU unless told, two on CPU.")
-    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Workers a machine; one a GPU unless told, two on CPU.")] = None,
     accelerator: Annotated[Literal["cpu", "cuda"] | None, typer.Option(help="What to compute on; a GPU where there is one.")] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over in a new folder, whatever an unfinished run has saved.")] = False,
     resume: Annotated[
@@ -215,7 +213,9 @@ def make_ray_options(
 
 def is_elsewhere(cluster: Cluster, dry_run: bool) -> bool:
     """Whether a running Ray is needed: to run on, or, for a dry run, to be asked what it has."""
-    if cluster.address == "local":
+    from launcher.plan.devices import PLANNED
+
+    if cluster.address in ("local", PLANNED):
         return False
     return not (dry_run and {"device_memory", "host_memory"} <= cluster.model_fields_set)
 

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from launcher.plan.attention import Heads, eager, flash, sdpa
-from launcher.plan.inventory import Config, head_dim, is_sparse, kv_heads
+from launcher.plan.experts import mixture
+from launcher.plan.inventory import Config, head_dim, is_sparse, kv_heads, num_experts
 from launcher.plan.operators import (
     FP32,
     add,
@@ -31,7 +32,7 @@ from launcher.plan.tape import Tape, Tensor
 from launcher.plan.workload import Workload
 
 CLOSED_FORMS = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite",
-                          })  # fmt: skip
+                          "mixtral", "qwen3_moe"})  # fmt: skip
 """Model types whose forward and backward are told exactly here; tests/test_referee.py holds each to a trace."""
 
 Block = dict[str, Any]
@@ -202,9 +203,10 @@ def attend(run: Pass, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | 
 
 def _mlp_of(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
     if is_sparse(run.config, layer):
-        from launcher.plan.experts import experts
-
-        return experts(run, block, hidden)
+        c = run.config
+        mixtral = c["model_type"] == "mixtral"
+        return mixture(run.tape, block, hidden, experts=num_experts(c), top_k=c["num_experts_per_tok"], width=c["hidden_size"],
+                       normalised=mixtral or bool(c.get("norm_topk_prob")), wide=mixtral)  # fmt: skip
     tape = run.tape
     if run.config["model_type"] == "phi3":
         both = linear(tape, hidden, block["mlp.gate_up_proj"])

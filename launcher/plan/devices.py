@@ -15,6 +15,8 @@ from launcher.cluster import Cluster
 from launcher.errors import ClusterError
 from launcher.units import MIB
 
+PLANNED = "planned"
+"""The address of machines that are nowhere yet."""
 CATALOGUE = Path(__file__).parent / "data" / "devices.json"
 
 
@@ -116,7 +118,7 @@ def make_cluster(device: Device, *, nodes: int, gpus_per_node: int) -> Cluster:
     """Machines that are not here, to plan for. What is not known of them stays unknown: cores, host memory."""
     return Cluster(
         name=f"{nodes} × {gpus_per_node} {device.name}",
-        address="planned",
+        address=PLANNED,
         nodes=nodes,
         accelerator="cuda",
         device_name=device.smi_names[0].replace("*", "").strip(),

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from launcher.errors import RecipeError
 from launcher.plan.budget import MemoryPlan
-from launcher.plan.calibration import find_rates
+from launcher.plan.calibration import find_calibration, find_rates
 from launcher.plan.plan import Plan, make_choice, make_plan, make_suggestions
 from launcher.plan.solve import Candidate, Choice, Suggestion, suggest_nodes
 from launcher.plan.speed import Speed, estimate_run, estimate_step
@@ -26,6 +27,8 @@ class DryRun:
     nodes_that_fit: int | None
     choice: Choice | None
     """Of the autos, where it was asked for."""
+    assumptions: tuple[str, ...]
+    """What the plan and the estimate take for granted, beyond the notes of both."""
 
 
 def make_dry_run(recipe: Recipe, plan: Plan, *, explain: bool) -> DryRun:
@@ -37,7 +40,21 @@ def make_dry_run(recipe: Recipe, plan: Plan, *, explain: bool) -> DryRun:
         suggestions=None if fits else make_suggestions(plan),
         nodes_that_fit=None if fits else _find_nodes(plan),
         choice=make_choice(recipe, plan.shape, plan.cluster) if explain else None,
+        assumptions=tuple(_list_assumptions(plan)),
     )
+
+
+def _list_assumptions(plan: Plan) -> Iterator[str]:
+    cluster, device = plan.cluster, find_rates(plan.cluster)
+    if cluster.host_memory <= 1:
+        yield "host memory: its size is not known here, so what a host needs is told and not judged (host_memory of a cluster file says it)"
+    if device is None:
+        yield f"time: not estimated, because the catalogue does not know a {cluster.device_name}"
+        return
+    if cluster.nodes > 1:
+        yield f"time: {device.network_rate / 1e9:g} GB/s a GPU assumed between machines, {device.link_rate / 1e9:g} GB/s within one"
+    if cluster.accelerator == "cpu" and find_calibration(cluster) is None:
+        yield "time: what a core computes is assumed; lepton-launch calibrate measures it on this machine"
 
 
 def estimate_plan(plan: Plan) -> Speed | None:
@@ -61,7 +78,7 @@ def _find_nodes(plan: Plan) -> int | None:
 def make_document(dry: DryRun) -> dict[str, Any]:
     """The dry run for a program to read. The schema is documented in docs/plan.md and versioned by `schema_version`."""
     document = dry.plan.memory.to_dict()
-    document["notes"] = [*dry.plan.notes, *document["notes"]]
+    document["notes"] = [*dry.plan.notes, *document["notes"], *dry.assumptions]
     document["speed"] = asdict(dry.speed) | {"estimate": True} if dry.speed else None
     document["suggestions"] = None if dry.suggestions is None else [_suggestion_facts(item) for item in dry.suggestions]
     document["nodes_that_fit"] = dry.nodes_that_fit

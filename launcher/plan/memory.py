@@ -215,9 +215,9 @@ def _make_phases(parts: Parts, traced: StepProfile | None, *, exact: bool, known
 
     # A second flush of the bucket in backward finds the rank's own part already there.
     mine = states.part_bytes if sharding.stage == 2 and counts.trained > sharding.bucket else 0
-    left = states.part_bytes if sharding.stage == 0 or (sharding.stage == 1 and counts.trained > sharding.bucket) else 0
-    if sharding.stage == 1 and left:
-        left = work.width * counts.trained
+    # Gradients that still lie in their parameters when they are reduced, unless they are counted as held already.
+    stays = not several and (sharding.stage == 0 or (sharding.stage == 1 and counts.trained > sharding.bucket))
+    left = work.width * counts.trained if stays else 0
     step_gradients = gradients if sharding.stage == 3 or sharding.offload_optimizer else []
     start = max(0, states.start_peak - states.master - states.optimizer)
     return {
@@ -267,7 +267,9 @@ def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, 
             name: part("allocator slack", int(0.06 * sum(c.bytes for c in parts)), "assumed", 1.0, "reserved")
             for name, parts in phases.items()
         }
-    native, growing = (replay_allocator(story.events, expandable=mode, limit=limit) for mode in (False, True))
+    least = max(sum(c.bytes for c in parts) for parts in phases.values())
+    within = limit if limit > least else None  # what cannot fit shows what it would take
+    native, growing = (replay_allocator(story.events, expandable=mode, limit=within) for mode in (False, True))
     chosen = growing if expandable else native
     slack: dict[str, Component] = {}
     reserved = 0
@@ -277,6 +279,8 @@ def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, 
         size = max(0, reserved - sum(c.bytes for c in parts))
         # How far apart the allocator's two modes are says how much this depends on the order of events.
         spread = max(0.02 * reserved, abs(native[told][0] - growing[told][0]) / 2 if told in native else 0)
+        if within is not None:  # near the limit torch gives cached segments back: slack alone does not pass it by more
+            spread = min(spread, max(0.02 * reserved, within - reserved))
         slack[name] = part("allocator slack", size, "source", spread / size if size else 0.0, "reserved")
     return slack
 

@@ -5,6 +5,8 @@ Sizes are counts of elements. A mirrored function must not rebind its arguments:
 
 from __future__ import annotations
 
+from typing import Any
+
 from launcher.plan.tape import DEQUANTISED, Parameter, Storage, Tape, Tensor, counting_as
 
 FP32 = 4
@@ -39,7 +41,7 @@ def add(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
 def add_small(tape: Tape, a: Tensor, small: Tensor) -> Tensor:
     """`small` is broadcast (a bias); its gradient is a sum."""
     has, size = small.node is not None, small.count * small.width
-    return tape.record(a.count, a.width, lambda grad: (grad, tape.make(size) if has else None), a, small)
+    return tape.record(a.count, a.width, lambda grad: (grad, (grad, size) if has else None), a, small)
 
 
 def scale(tape: Tape, x: Tensor) -> Tensor:
@@ -65,20 +67,21 @@ def mul(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
     sizes = (a.count * a.width, b.count * b.width)
     whole = count * width
 
-    def run(grad: Storage) -> tuple[Storage | None, Storage | None]:
+    def run(grad: Storage) -> tuple[Any, Any]:
         if kept_b is not None:
             kept_b.fetch()
         grad_a = tape.make(whole) if kept_b is not None else None
         if kept_a is not None:
             kept_a.fetch()
         grad_b = tape.make(whole) if kept_a is not None else None
-        if grad_a is not None and sizes[0] != whole:
-            grad_a = tape.make(sizes[0])
-        if grad_b is not None and sizes[1] != whole:
-            grad_b = tape.make(sizes[1])
-        return grad_a, grad_b
+        return _fitted(grad_a, whole, sizes[0]), _fitted(grad_b, whole, sizes[1])
 
     return tape.record(count, width, run, a, b)
+
+
+def _fitted(grad: Storage | None, made: int, wanted: int) -> Any:
+    """A gradient that autograd still has to sum or cast to its tensor's shape."""
+    return grad if grad is None or made == wanted else (grad, wanted)
 
 
 def square(tape: Tape, x: Tensor) -> Tensor:
@@ -248,7 +251,7 @@ def matmul(tape: Tape, x: Tensor, weight: Parameter, n_in: int, bias: Parameter 
     sizes = (x.count * x.width, weight.count * weight.width)
     bias_size = bias.count * bias.width if bias is not None and bias.node is not None else 0
 
-    def run(grad: Storage) -> tuple[Storage | None, ...]:
+    def run(grad: Storage) -> tuple[Any, ...]:
         # What is kept is fetched as it is used: in a checkpoint, the first fetch recomputes the layer.
         grad_weight = None
         if kept_x is not None:
@@ -258,7 +261,7 @@ def matmul(tape: Tape, x: Tensor, weight: Parameter, n_in: int, bias: Parameter 
         if kept_weight is not None:
             kept_weight.fetch()
             grad_x = tape.make(sizes[0])
-        return grad_x, grad_weight, tape.make(bias_size) if bias_size else None
+        return grad_x, grad_weight, (grad, bias_size) if bias_size else None
 
     inputs = (x, weight) if bias is None else (x, weight, bias)
     return tape.record(count, x.width, run, *inputs)
@@ -387,11 +390,10 @@ def _mul_table(tape: Tape, x: Tensor, table: Tensor) -> Tensor:
     width, size = max(x.width, table.width), x.count * x.width
     whole = x.count * width
 
-    def run(grad: Storage) -> tuple[Storage]:
+    def run(grad: Storage) -> tuple[Any]:
         assert kept is not None
         kept.fetch()
-        made = tape.make(whole)
-        return (tape.make(size) if whole != size else made,)
+        return (_fitted(tape.make(whole), whole, size),)
 
     return tape.record(x.count, width, run, x)
 

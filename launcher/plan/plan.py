@@ -185,8 +185,8 @@ def make_suggestions(plan: Plan) -> list[Suggestion]:
         return count_trainable(recipe, plan.shape)
 
     settled = apply_changes(plan.recipe, {"batch.micro_batch_size": plan.batch.micro_batch_size})
-    predict = make_predictor(plan.shape, plan.cluster, replay=False)
-    return suggest_changes(settled, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, predict)
+    predict, confirm = (make_predictor(plan.shape, plan.cluster, replay=replay) for replay in (False, True))
+    return suggest_changes(settled, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, predict, confirm)
 
 
 def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool) -> Predict:

@@ -31,6 +31,8 @@ AUTO_STAGES = (1, 2, 3)
 OFFLOADS = ((False, False), (True, False), (True, True))
 """offload_optimizer, offload_param."""
 ENOUGH_SUGGESTIONS = 5
+MOST_CONFIRMED = 12
+"""Changes that are computed exactly; a search for advice may not take longer than the plan."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,7 +171,10 @@ def choose(candidates: list[Candidate], predict: Predict, confirm: Predict) -> C
             break
     order = {"FITS": 0, "TIGHT": 1, "DOES NOT FIT": 2}
     while True:
-        taken = min(looked_at, key=lambda c: (order[str(c.verdict)], c.excess if c.verdict == "DOES NOT FIT" else c.step_s))
+        taken = min(
+            looked_at,
+            key=lambda c: (order[str(c.verdict)], c.excess if c.verdict == "DOES NOT FIT" else c.step_s, c.batch.micro_batch_size),
+        )
         if taken.is_exact:
             break
         looked_at[looked_at.index(taken)] = replace(_see(taken, confirm), is_exact=True)
@@ -281,7 +286,13 @@ def _lighter_methods(method: Any) -> Iterator[_Step]:
 
 
 def suggest_changes(
-    recipe: Recipe, shape: ModelShape, cluster: Cluster, device: Device | None, trained_of: Callable[[Recipe], int], predict: Predict
+    recipe: Recipe,
+    shape: ModelShape,
+    cluster: Cluster,
+    device: Device | None,
+    trained_of: Callable[[Recipe], int],
+    predict: Predict,
+    confirm: Predict,
 ) -> list[Suggestion]:
     """The cheapest changes that make a recipe fit, best first; none where nothing does.
 
@@ -290,7 +301,7 @@ def suggest_changes(
     """
     layout, _ = make_layout(recipe, cluster)
     before = _time_of(recipe, shape, layout, device, trained_of)
-    lists = _list_steps(recipe, layout)
+    lists, tried = _list_steps(recipe, layout), 0
     found: list[tuple[tuple[int, float, int], tuple[int, ...], Suggestion]] = []
     for picks in sorted(itertools.product(*(range(len(steps) + 1) for steps in lists)), key=lambda picks: _rank_picks(picks, lists)):
         steps = [lists[number][pick - 1] for number, pick in enumerate(picks) if pick]
@@ -301,7 +312,10 @@ def suggest_changes(
             continue
         settled, _ = make_layout(changed, cluster)
         batch = _make_batch(changed, settled, _micro_of(changed, settled))
-        memory = predict(changed, settled, batch)
+        if tried == MOST_CONFIRMED or predict(changed, settled, batch).verdict != "FITS":
+            continue
+        tried += 1
+        memory = confirm(changed, settled, batch)
         if memory.verdict != "FITS":
             continue
         step_s = _time_of(changed, shape, settled, device, trained_of)

@@ -43,17 +43,18 @@ class _Model:
 
 
 def _build_model(work: Workload, config: Config, layers: int) -> _Model:
+    """The part that reads text: what a tower for images holds is never computed on text alone."""
     outside: dict[str, Any] = {}
     blocks: dict[int, dict[str, Any]] = {}
-    for block in work.shape.inventory:
+    inventory = work.shape.inventory
+    root = "model.language_model." if any(block.prefix.startswith("model.language_model.") for block in inventory) else "model."
+    for block in inventory:
         if not block.layers:
             outside |= {block.prefix + name: weight for name, weight in build_block(work, block, 0).items()}
-            continue
-        for layer in block.layers:
-            if layer < layers:
-                blocks[layer] = build_block(work, block, layer)
-    embedding = outside["model.embed_tokens"]
-    return _Model([blocks[i] for i in range(layers)], embedding, outside["model.norm"], outside.get("lm_head", embedding))
+        elif block.prefix == root + "layers.{}.":
+            blocks |= {layer: build_block(work, block, layer) for layer in block.layers if layer < layers}
+    embedding = outside[root + "embed_tokens"]
+    return _Model([blocks[i] for i in range(layers)], embedding, outside[root + "norm"], outside.get("lm_head", embedding))
 
 
 def _hidden_states(tape: Tape, work: Workload, config: Config, model: _Model) -> Tensor:

@@ -265,8 +265,11 @@ class Node:
         return bool(self.sequence > other.sequence)
 
 
-def backward(tape: Tape, loss: Tensor) -> None:
-    """Run the graph behind `loss`. Nodes made in phase "loss" run in "loss backward", all others in "backward"."""
+def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
+    """Run the graph behind `loss`. Nodes made in phase "loss" run in "loss backward", all others in "backward".
+
+    `retain`: what the graph keeps stays (retain_graph=True).
+    """
     root = loss.node
     assert isinstance(root, Node), "nothing is trained"
     first = root.grads = tape.make(4)  # torch.autograd.backward holds on to it
@@ -280,10 +283,15 @@ def backward(tape: Tape, loss: Tensor) -> None:
             tape.enter(phase)
             tape.kind = LOGITS if node.phase == "loss" else ACTIVATIONS
         run, edges, grads = node.run, node.edges, node.grads
-        node.run = node.grads = None
-        node.edges = ()
+        node.grads = None
+        if not retain:
+            node.run, node.edges = None, ()
         outputs = list(run(grads))
         del run, grads
+        for index, output in enumerate(outputs):
+            if isinstance(output, tuple):  # made in another shape or dtype than its tensor's; fitted once what was kept is gone
+                outputs[index] = tape.make(output[1])
+                del output
         for index, (edge, slot) in enumerate(edges):
             grad = outputs[index]
             outputs[index] = None

@@ -82,7 +82,7 @@ def build_block(work: Workload, block: Block, layer: int) -> dict[str, Any]:
         else:
             built[name] = Parameter(weight.count, work.width, trained)
             if rank:
-                built[name + ".adapter"] = rank
+                built[name + ".adapter"], built[name + ".fan"] = rank, weight.shape[-2:]
     return built
 
 

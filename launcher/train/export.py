@@ -26,19 +26,31 @@ def export_model(engine: Any, plan: Plan, tokenizer: PreTrainedTokenizerFast, fo
 
     `start` holds the adapters as they were before training; PiSSA needs them, others ignore them.
     """
-    adapters = isinstance(plan.recipe.method, Lora | QLora)
-    weights = gather_weights(engine, only_trained=adapters)
+    weights = gather_weights(engine, only_trained=isinstance(plan.recipe.method, Lora | QLora))
     if dist.get_rank() == 0:
-        unfinished = folder.with_name(f".{folder.name}.unfinished")
-        shutil.rmtree(unfinished, ignore_errors=True)
-        if adapters:
-            _save_adapter(engine.module, plan, weights, unfinished, start)
-        else:
-            engine.module.save_pretrained(unfinished, state_dict=weights)
-        tokenizer.save_pretrained(unfinished)
-        allow_reading(unfinished)
-        unfinished.rename(folder)
+        shutil.rmtree(folder, ignore_errors=True)  # of a session that was killed when it had got this far
+        write_model(engine.module, plan, weights, tokenizer, folder, start)
     dist.barrier()
+
+
+def write_model(
+    model: Any,
+    plan: Plan,
+    weights: dict[str, torch.Tensor],
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    start: dict[str, torch.Tensor],
+) -> None:
+    """Write whole weights by name to `folder`, which is there once all of it is."""
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    if isinstance(plan.recipe.method, Lora | QLora):
+        _save_adapter(model, plan, weights, unfinished, start)
+    else:
+        model.save_pretrained(unfinished, state_dict=weights)
+    tokenizer.save_pretrained(unfinished)
+    allow_reading(unfinished)
+    unfinished.rename(folder)
 
 
 def allow_reading(folder: Path) -> None:

@@ -143,7 +143,8 @@ def list_sources(engine: Any) -> tuple[list[Source], dict[str, Any]]:
             segment = _share(segment, rank, ranks)
         if segment.length:
             sources += _slices(segment, state)
-    return sources, scalars
+    # Sorted: a loaded optimizer keeps its states in another order than one that made them, and files are to be the same.
+    return sorted(sources, key=lambda source: (source.name, source.kind)), scalars
 
 
 def _scalars(state: dict[str, Any]) -> dict[str, Any]:

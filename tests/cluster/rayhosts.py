@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from hosts import Host, Network
+
 from runs import TOKEN
 
 RAY_PORT, JOBS_PORT = 6379, 8265

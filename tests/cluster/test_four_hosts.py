@@ -10,8 +10,9 @@ import pytest
 from hosts import STORAGE
 from ranks import Ranks, fine_tune, losses
 from rayhosts import RayHosts
-from runs import Attached, events_of, lepton, losses_of, run_folder, status_of, wait_for_step, write_recipe
 from tiny import plan_tiny
+
+from runs import Attached, events_of, lepton, losses_of, run_folder, status_of, wait_for_step, write_recipe
 
 CLUSTER = ("--storage", f"{STORAGE}/runs")
 

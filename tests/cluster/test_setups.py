@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hosts import HOME, STORAGE, Network, why_not
 from rayhosts import QUICK_TO_NOTICE, RayHosts
+
 from runs import TOKEN, environment, events_of, lepton, losses_of, run_folder, status_of, write_recipe
 
 pytestmark = pytest.mark.long
