@@ -27,11 +27,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/cluster"), str(ROOT)]
 
+from commands import Attached, environment, events_of, lepton, run_folder, wait_until, write_recipe  # noqa: E402
 from hosts import STORAGE, Host  # noqa: E402
 from rayhosts import RayHosts, open_cluster  # noqa: E402
 from tiny import write_conversations, write_model  # noqa: E402
-
-from runs import Attached, environment, events_of, lepton, run_folder, wait_until, write_recipe  # noqa: E402
 
 STEPS, SAVE_EVERY, STRIKE_AT_S = 100_000, 20, 25.0
 """The fault strikes when the run has stepped for so long: spares are up by then, as they are in any run that lasts."""
