@@ -11,11 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import Attached, events_of, lepton, losses_of, run_folder, status_of, wait_for_step, wait_until, write_recipe
 from hosts import DISK, STORAGE, Host
 from rayhosts import RayHosts
 from safetensors.numpy import load_file
-
-from runs import Attached, events_of, lepton, losses_of, run_folder, status_of, wait_for_step, wait_until, write_recipe
 
 STEPS = 60
 SAVE = "save: {every_steps: 5}\n"
