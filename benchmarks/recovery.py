@@ -27,13 +27,15 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/cluster"), str(ROOT)]
 
+from commands import Attached, environment, events_of, lepton, run_folder, wait_until, write_recipe  # noqa: E402
 from hosts import STORAGE, Host  # noqa: E402
 from rayhosts import RayHosts, open_cluster  # noqa: E402
-from runs import Attached, environment, events_of, lepton, run_folder, wait_until, write_recipe  # noqa: E402
 from tiny import write_conversations, write_model  # noqa: E402
 
 STEPS, SAVE_EVERY, STRIKE_AT_S = 100_000, 20, 25.0
 """The fault strikes when the run has stepped for so long: spares are up by then, as they are in any run that lasts."""
+
+OUR_WORKER, THEIR_WORKER = "ray::Worker", "RayTrainWorker"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +46,15 @@ class Step:
 
 
 def kill_workers(host: Host, pattern: str) -> None:
-    pids = host.processes(pattern)
+    """Those that train: a spare, which has the same name, has no log open yet."""
+    pids = [pid for pid in host.processes(pattern) if pattern != OUR_WORKER or has_open(pid, "/logs/rank-")]
     assert pids, f"no {pattern} on {host.name}"
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
+
+
+def has_open(pid: int, part: str) -> bool:
+    return any(part in os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink())
 
 
 def kill_a_worker(hosts: RayHosts, pattern: str) -> None:
@@ -81,7 +88,7 @@ def ours(hosts: RayHosts, folder: Path, name: str, fault: Callable[[RayHosts, st
         return max((event["step"] for event in events_of(run) if event["event"] == "checkpoint"), default=0)
 
     try:
-        return measure(hosts, steps, committed, lambda: fault(hosts, "ray::Worker.train"))
+        return measure(hosts, steps, committed, lambda: fault(hosts, OUR_WORKER))
     finally:
         attached.process.kill()
         lepton(hosts.address, "stop", name, "--grace", "5s")
@@ -110,7 +117,7 @@ def theirs(hosts: RayHosts, folder: Path, name: str, fault: Callable[[RayHosts, 
         return SAVE_EVERY * len(names)
 
     try:
-        return measure(hosts, steps, committed, lambda: fault(hosts, "RayTrainWorker"))
+        return measure(hosts, steps, committed, lambda: fault(hosts, THEIR_WORKER))
     finally:
         client.stop_job(job)
         wait_until(lambda: client.get_job_status(job).is_terminal(), 60, "the job ends")
@@ -151,7 +158,8 @@ def main() -> None:
                         found = run(hosts, folder, f"r{number}-{fault.replace(' ', '-')}", strike)
                         results.setdefault(fault, {}).setdefault(who, []).append(found)
                         print(f"{fault:<20} {who:<24} {found}", flush=True)
-    write_results(results, chosen.out)
+                        write_results(results, chosen.out)  # each time: what is measured stays, should the rest not come to its end
+    print(json.dumps(json.loads(chosen.out.read_text())["median"], indent=2))
 
 
 def write_results(results: dict[str, Any], out: Path) -> None:
@@ -165,7 +173,6 @@ def write_results(results: dict[str, Any], out: Path) -> None:
              "median": medians, "rounds": results}  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts, indent=2) + "\n")
-    print(json.dumps(medians, indent=2))
 
 
 if __name__ == "__main__":

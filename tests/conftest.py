@@ -20,6 +20,9 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         cache = tmp_path_factory.mktemp("cache")
         patch.setenv("XDG_CACHE_HOME", str(cache))
+        # For the S3 server on loopback (test_checkpoint_storage.py): ranks inherit them when they are started.
+        for name, value in (("AWS_ACCESS_KEY_ID", "test"), ("AWS_SECRET_ACCESS_KEY", "test"), ("AWS_EC2_METADATA_DISABLED", "true")):
+            patch.setenv(name, value)
         patch.setenv("XDG_CONFIG_HOME", str(cache / "config"))
         yield cache
 

@@ -29,8 +29,10 @@ def make_needs(path: Path) -> list[str]:
     """The lines of a recipe's head that say what it needs."""
     fitting: list[str] = []
     for gpu, nodes, each in SETUPS:
+        if len(fitting) == SHOWN:
+            break
         plan = plan_on(path, make_cluster(find_device(gpu), nodes=nodes, gpus_per_node=each))
-        if plan is not None and plan.memory.verdict != "DOES NOT FIT" and len(fitting) < SHOWN:
+        if plan is not None and plan.memory.verdict != "DOES NOT FIT":
             machines = f"{nodes} machines of {each} × {gpu}" if nodes > 1 else f"{each} × {gpu}"
             fitting.append(f"{whole(plan.memory.device('total').p95)} of {plan.memory.budget / GIB:.0f} GiB a GPU on {machines}")
     cpu = plan_on(path, CPU)

@@ -160,7 +160,7 @@ def test_early_stopping_and_the_best_weights_survive(stage: str, two_ranks: Rank
     case: dict[str, Any] = {
         "stage": stage,
         "data": {"train": str(tiny / "train.jsonl")},
-        "optim": {"name": "adamw", "lr": 0.05, "max_grad_norm": 0.0},
+        "optim": {"name": "adamw", "lr": 0.15, "max_grad_norm": 0.0},
         "schedule": {"max_steps": 40, "epochs": 60.0, "kind": "constant"},
         "evaluate": {"every_steps": 2, "early_stopping": {"patience": 3}},
     }
@@ -181,16 +181,16 @@ def test_early_stopping_and_the_best_weights_survive(stage: str, two_ranks: Rank
 def test_keep_best_saves_and_keeps_the_best(two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
     case: dict[str, Any] = {
         "data": {"train": str(tiny / "train.jsonl")},
-        "optim": {"name": "adamw", "lr": 0.05, "max_grad_norm": 0.0},
-        "schedule": {"max_steps": 14, "epochs": 60.0, "kind": "constant"},
+        "optim": {"name": "adamw", "lr": 0.15, "max_grad_norm": 0.0},
+        "schedule": {"max_steps": 8, "epochs": 60.0, "kind": "constant"},
         "evaluate": {"every_steps": 2},
         "save": {"every_steps": 3, "keep": 1, "keep_best": True},
     }
     events = two_ranks.run(fine_tune, plan_case(tiny, tmp_path, 2, **case))[0]
     during = evaluations(events, "during")
     best = 2 * (during.index(min(during)) + 1)
-    assert best < 14
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-{best:06d}", "step-000014"]
+    assert best < 8
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"step-{best:06d}", "step-000008"]
 
 
 # ------------------------------------------------------------------------------------------------------------ elastic

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from commands import TOKEN
 from hosts import Host, Network
-from runs import TOKEN
 
 RAY_PORT, JOBS_PORT = 6379, 8265
 

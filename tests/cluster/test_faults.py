@@ -11,9 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from commands import Attached, events_of, lepton, losses_of, run_folder, status_of, wait_for_step, wait_until, write_recipe
 from hosts import DISK, STORAGE, Host
 from rayhosts import RayHosts
-from runs import Attached, events_of, lepton, losses_of, run_folder, status_of, wait_for_step, wait_until, write_recipe
 from safetensors.numpy import load_file
 
 STEPS = 60

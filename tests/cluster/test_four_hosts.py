@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from commands import Attached, events_of, lepton, losses_of, run_folder, status_of, wait_for_step, write_recipe
 from hosts import STORAGE
 from ranks import Ranks, fine_tune, losses
 from rayhosts import RayHosts
-from runs import Attached, events_of, lepton, losses_of, run_folder, status_of, wait_for_step, write_recipe
 from tiny import plan_tiny
 
 CLUSTER = ("--storage", f"{STORAGE}/runs")

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from commands import TOKEN, environment, events_of, lepton, losses_of, run_folder, status_of, write_recipe
 from hosts import HOME, STORAGE, Network, why_not
 from rayhosts import QUICK_TO_NOTICE, RayHosts
-from runs import TOKEN, environment, events_of, lepton, losses_of, run_folder, status_of, write_recipe
 
 pytestmark = pytest.mark.long
 ROOT = Path(__file__).parents[2]
