@@ -32,7 +32,7 @@ from hosts import STORAGE, Host  # noqa: E402
 from rayhosts import RayHosts, open_cluster  # noqa: E402
 from tiny import write_conversations, write_model  # noqa: E402
 
-STEPS, SAVE_EVERY, STRIKE_AT_S = 100_000, 20, 25.0
+STEPS, SAVE_EVERY, STRIKE_AT_S = 100_000, 20, 60.0
 """The fault strikes when the run has stepped for so long: spares are up by then, as they are in any run that lasts."""
 
 OUR_WORKER, THEIR_WORKER = "ray::Worker", "RayTrainWorker"
@@ -169,7 +169,7 @@ def write_results(results: dict[str, Any], out: Path) -> None:
         fault: {who: {key: statistics.median(one[key] for one in found) for key in found[0]} for who, found in of.items()}
         for fault, of in results.items()
     }
-    facts = {"machine": platform.platform(), "cores": os.cpu_count(), "versions": read_versions(), "save_every_steps": SAVE_EVERY,
+    facts = {"machine": platform.platform(), "cores": os.cpu_count(), "versions": read_versions(), "save_every_steps": SAVE_EVERY, "strike_at_s": STRIKE_AT_S, "load": os.getloadavg(),
              "median": medians, "rounds": results}  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts, indent=2) + "\n")
