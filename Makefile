@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --constraint 
 S3_SERVER := moto boto3 botocore jmespath responses s3transfer xmltodict
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help install dev quickstart test test-long test-checkpoints gpu-check test-checkpoints lint benchmarks clean
+.PHONY: help install dev quickstart test test-long test-checkpoints gpu-check recipe-heads lint benchmarks clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16

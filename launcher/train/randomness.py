@@ -17,7 +17,10 @@ KIND = "random"
 
 def seed_rank(seed: int, rank: int, samples_seen: int = 0) -> None:
     """Dropout differs between ranks, and not between runs. `samples_seen` tells the restarts at another world size apart."""
-    torch.manual_seed(seed * 100_003 + rank + (samples_seen * 1_000_003 if samples_seen else 0))
+    own = seed * 100_003 + rank + samples_seen * 1_000_003
+    torch.manual_seed(own)
+    random.seed(own)
+    np.random.seed(own % 2**32)
 
 
 def list_random_states() -> list[Source]:
