@@ -1,4 +1,4 @@
-"""The head's side of a run on a cluster: `python -m launcher.job.driver`, started by Ray Jobs in the run's package.
+"""The head's side of a run on a cluster: `python -m launcher.job.driver SUBMISSION`, started by Ray Jobs in the run's package.
 
 It makes or reads the plan, waits for nodes, looks at them, trains, and starts the group again when machines fail.
 Each line it prints is an event (messages.py); whoever is attached reads them, now or later.
@@ -13,6 +13,7 @@ import platform
 import secrets as random
 import shutil
 import signal
+import sys
 import time
 import traceback
 from collections.abc import Sequence
@@ -35,8 +36,8 @@ from launcher.plan import Plan, make_plan
 from launcher.resuming import Choice, choose_run, continue_plan, open_run_folder
 from launcher.run import Event, RunFolder, hold_run, write_status
 
-STOP_KEY = "lepton-launch/stop/{run}"
-"""Where `lepton-launch stop --grace` leaves its word, in Ray's key-value store."""
+STOP_KEY = "lepton-launch/stop/{submission}"
+"""Where `lepton-launch stop --grace` leaves its word, in Ray's key-value store: a word that comes late is not the next submission's."""
 LOOK_S = 2.0
 """How often the driver looks at the cluster while a group trains."""
 GROW_AFTER_S = 15.0
@@ -49,7 +50,7 @@ SPARE_AFTER_S = 15.0
 def main() -> None:
     logging.getLogger("ray").setLevel(logging.ERROR)
     order, secrets = load_order(Path.cwd()), load_secrets(Path.cwd())
-    speaker, wish = Speaker(), StopWish(str(order.recipe["name"]))
+    speaker, wish = Speaker(), StopWish(sys.argv[1])
     try:
         plan, choice = _begin(order)
         speaker.say({"event": "plan", "plan": plan.to_dict()})
@@ -117,8 +118,8 @@ def _fill_folder(folder: RunFolder, plan: Plan) -> None:
 class StopWish:
     """Whether somebody wants the run to end, and by when: a signal (Ray's stop), or a word in Ray's key-value store."""
 
-    def __init__(self, run: str) -> None:
-        self._key = STOP_KEY.format(run=run).encode()
+    def __init__(self, submission: str) -> None:
+        self._key = STOP_KEY.format(submission=submission).encode()
         self.asked_at: float | None = None
         self.grace_s: float | None = None
 

@@ -125,7 +125,7 @@ def submit(client: JobSubmissionClient, order: Order, given: str, recipe_dir: Pa
         build_package(Path(folder), order, given, recipe_dir, secrets)
         _quiet_ray()
         client.submit_job(
-            entrypoint=DRIVER,
+            entrypoint=f"{DRIVER} {submission_id}",
             submission_id=submission_id,
             runtime_env={"working_dir": folder, "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_S)}},
             metadata={"lepton_run": recipe.name, "lepton_folder": str(Path(recipe.output_dir) / recipe.name)},
@@ -233,7 +233,7 @@ def _tell(client: JobSubmissionClient, job: Job, grace_s: float) -> None:
         source = Path(launcher.__file__).parent
         for name in ("__init__.py", "job/__init__.py", "job/tell.py"):
             (Path(folder) / "launcher" / name).write_bytes((source / name).read_bytes())
-        told = client.submit_job(entrypoint=f"{TELL} {job.run} {grace_s:g}", runtime_env={"working_dir": folder})
+        told = client.submit_job(entrypoint=f"{TELL} {job.submission_id} {grace_s:g}", runtime_env={"working_dir": folder})
     deadline = time.monotonic() + GIVE_UP_S
     while client.get_job_status(told) not in OVER and time.monotonic() < deadline:
         time.sleep(0.3)

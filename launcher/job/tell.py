@@ -1,4 +1,4 @@
-"""`python -m launcher.job.tell RUN SECONDS`, run on the cluster: tell a run's driver how long it may take to stop."""
+"""`python -m launcher.job.tell SUBMISSION SECONDS`, run on the cluster: tell a submission's driver how long it may take to stop."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ def main() -> None:
     import ray
     from ray.experimental.internal_kv import _internal_kv_put
 
-    run, grace_s = sys.argv[1:]
+    submission, grace_s = sys.argv[1:]
     ray.init(log_to_driver=False)
-    _internal_kv_put(f"lepton-launch/stop/{run}".encode(), grace_s.encode())
+    _internal_kv_put(f"lepton-launch/stop/{submission}".encode(), grace_s.encode())
     ray.shutdown()
 
 
