@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a folder (local disk, NFS) or a URL (s3://, gs://), behind the same five verbs.
+"""Where checkpoints lie: a folder (local disk, NFS) or a URL (s3://, gs://), behind the same few verbs.
 
 A file appears whole or not at all: locally it is written beside its place, synced and renamed; an object
 store shows an object once its upload is complete. `watch` is called with a word before and after each
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +31,9 @@ class Storage(Protocol):
 
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """A file's bytes, or a range of them. Raises FileNotFoundError; a range past the end comes back short."""
+
+    def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> int:
+        """Fill buffers, one after the other, with the bytes from `start` on; returns how many there were. Raises FileNotFoundError."""
 
     def list(self, folder: str = "") -> dict[str, int]:
         """Names and sizes of all files below a folder; empty where there is no such folder."""
@@ -96,6 +99,12 @@ class LocalStorage:
         self._watch(f"read {len(data)} {name}")
         return data
 
+    def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> int:
+        with (self._root / name).open("rb") as file:
+            count = _read_all(file.fileno(), start, buffers)
+        self._watch(f"read {count} {name}")
+        return count
+
     def list(self, folder: str = "") -> dict[str, int]:
         found = {}
         for path in sorted((self._root / folder).rglob("*")):
@@ -123,6 +132,17 @@ def _write_all(file: int, part: bytes | memoryview) -> None:
     rest = memoryview(part)
     while rest:
         rest = rest[os.write(file, rest) :]
+
+
+def _read_all(file: int, start: int, buffers: Sequence[memoryview]) -> int:
+    rest, done = list(buffers), 0
+    while rest and (count := os.preadv(file, rest, start + done)):
+        done += count
+        while rest and count >= len(rest[0]):
+            count -= len(rest.pop(0))
+        if rest:
+            rest[0] = rest[0][count:]
+    return done
 
 
 def _sync_folder(folder: Path) -> None:
@@ -170,6 +190,15 @@ class RemoteStorage:
             data: bytes = file.read_at(max(0, min(length if length is not None else size, size - start)), start)
         self._watch(f"read {len(data)} {name}")
         return data
+
+    def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> int:
+        data = memoryview(self.read(name, start, sum(map(len, buffers))))
+        done = 0
+        for buffer in buffers:
+            part = data[done : done + len(buffer)]
+            buffer[: len(part)] = part
+            done += len(part)
+        return done
 
     def list(self, folder: str = "") -> dict[str, int]:
         from pyarrow.fs import FileSelector, FileType
