@@ -215,7 +215,7 @@ def profile_by_trace(work: Workload, *, keep_gradients: bool) -> StepProfile:
     A quantised base is traced dense: its products keep less, and its dequantised weights are not seen. Raises ModelError.
     """
     try:
-        few, more = (_trace_layers(work, depth, keep_gradients) for depth in DEPTHS)
+        few, more = (trace_layers(work, depth, keep_gradients=keep_gradients) for depth in DEPTHS)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         kind, reason = work.shape.model_type, str(error).strip().splitlines()[:1]
         raise ModelError(
@@ -228,7 +228,8 @@ def profile_by_trace(work: Workload, *, keep_gradients: bool) -> StepProfile:
     return StepProfile(forward=extend("forward"), loss=extend("forward"), backward=extend("backward"), is_traced=True)
 
 
-def _trace_layers(work: Workload, layers: int, keep_gradients: bool) -> Trace:
+def trace_layers(work: Workload, layers: int, *, keep_gradients: bool) -> Trace:
+    """A micro-step of the first `layers` layers of a workload's model, which AutoModelForCausalLM builds as a run does."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     facts = {name: value for name, value in work.shape.config.items() if name not in ("model_type", "num_labels")}
