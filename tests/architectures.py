@@ -25,6 +25,7 @@ DECODERS: dict[str, dict[str, Any]] = {
     "smollm3": {}, "olmo2": {}, "granite": {}, "cohere": {}, "stablelm": {}, "starcoder2": {}, "mixtral": EXPERTS,
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 80}, "qwen3_moe": EXPERTS, "gpt_oss": EXPERTS, "deepseek_v2": LATENT,
     "deepseek_v3": LATENT, "llama4_text": {**EXPERTS, "intermediate_size_mlp": 112}, "phi": {}, "gpt2": {}, "gpt_neox": {},
+    "bert": {"architectures": ["BertLMHeadModel"]}, "roberta": {"architectures": ["RobertaForCausalLM"]},
 }  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from launcher.plan.tape import Tape, Tensor
 from launcher.plan.workload import Workload
 
 CLOSED_FORMS = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite",
-                          "mixtral", "qwen3_moe"})  # fmt: skip
+                          "mixtral", "qwen3_moe", "bert", "roberta", "gpt2", "gpt_neox", "phi"})  # fmt: skip
 """Model types whose forward and backward are told exactly here; tests/test_referee.py holds each to a trace."""
 
 Block = dict[str, Any]
@@ -47,6 +47,8 @@ class Pass:
     config: Config
     tables: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: dict[str, Tensor | None] = field(default_factory=dict)
+    weights: Tensor | None = None
+    """Eager attention's, which a layer's code holds on to until it returns."""
 
     def for_layer(self, layer: int) -> Pass:
         """With the layer's own mask and tables alone: what a checkpoint of it keeps."""
@@ -153,7 +155,8 @@ def attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
     cos, sin = run.tables[layer_type(config, layer) if kind == "gemma3_text" else ""]
     if not (kind == "smollm3" and not _uses_rope(config, layer)):
         if kind == "phi3":
-            query, key = _rotate_part(tape, query, cos, sin), _rotate_part(tape, key, cos, sin)
+            turning = rotary_width(config)
+            query, key = rotate_part(tape, query, cos, sin, width, turning), rotate_part(tape, key, cos, sin, width, turning)
         else:
             turned = rotate(tape, query, cos, sin)
             query, key = cast(tape, turned, query.width), cast(tape, rotate(tape, key, cos, sin), key.width)
@@ -183,22 +186,36 @@ def _uses_rope(config: Config, layer: int) -> bool:
     return bool(listed[layer]) if listed else (layer + 1) % config.get("no_rope_layer_interval", 4) != 0
 
 
-def _rotate_part(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Phi-3: part of a head's width is turned, the rest joined to it (also where there is no rest)."""
-    turned_count = x.count
-    turned, passed = part(tape, x, turned_count), part(tape, x, 0)
+def rotary_width(config: Config) -> int:
+    """How much of a head's width is turned."""
+    default = {"phi": 0.5, "gpt_neox": 0.25, "stablelm": 0.25}.get(config["model_type"], 1.0)
+    told = config.get("partial_rotary_factor", config.get("rotary_pct"))
+    return int(head_dim(config) * float(default if told is None else told))
+
+
+def rotate_part(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor, width: int, turning: int) -> Tensor:
+    """Part of a head's width is turned, the rest joined to it (also where there is no rest)."""
+    turned_count = x.count // width * turning
+    turned, passed = part(tape, x, turned_count), part(tape, x, x.count - turned_count)
     return join(tape, rotate(tape, turned, cos, sin), passed)
 
 
-def attend(run: Pass, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, at: Heads) -> Tensor:
-    """The attention kernel of the run."""
-    work = run.work
+def attend(run: Pass, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, at: Heads, *, p: float | None = None) -> Tensor:
+    """The attention kernel of the run. `p`: its dropout, where config.json has another name for it."""
+    work, kind = run.work, run.config["model_type"]
+    if p is None:
+        p = float(run.config.get("attention_dropout") or 0.0)
     if work.attention == "eager":
-        softcap = run.config.get("attn_logit_softcapping") is not None and run.config["model_type"] == "gemma2"
-        return eager(run.tape, query, key, value, mask, at, p=float(run.config.get("attention_dropout") or 0.0), softcap=softcap)
+        softcap = run.config.get("attn_logit_softcapping") is not None and kind == "gemma2"
+        mixed, run.weights = eager(run.tape, query, key, value, mask, at, p=p, softcap=softcap, wide=kind not in NARROW_SOFTMAX)
+        return mixed
     if work.attention == "flash_attention_2":
         return flash(run.tape, query, key, value, at, workspace=work.kernel_workspace)
-    return sdpa(run.tape, query, key, value, mask, at, device=work.device, workspace=work.kernel_workspace)
+    return sdpa(run.tape, query, key, value, mask, at, device=work.device, workspace=work.kernel_workspace, p=p)
+
+
+NARROW_SOFTMAX = frozenset({"bert", "roberta", "gpt2", "llama4_text", "gpt_oss"})
+"""Their eager attention takes the softmax in the model's dtype."""
 
 
 def _mlp_of(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:

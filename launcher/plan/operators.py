@@ -137,6 +137,12 @@ def pointwise(tape: Tape, x: Tensor) -> Tensor:
     return tape.record(x.count, x.width, run, x)
 
 
+def gelu_new(tape: Tape, x: Tensor) -> Tensor:
+    """GPT-2's approximation as transformers writes it out: a cube, a tanh and two products, each with what it keeps."""
+    half = scale(tape, x)
+    return mul(tape, half, shift(tape, pointwise_of_result(tape, scale(tape, add(tape, x, scale(tape, square(tape, x)))))))
+
+
 def pointwise_of_result(tape: Tape, x: Tensor) -> Tensor:
     """An activation that keeps its output (relu, tanh, sigmoid, softmax)."""
     out = tape.new(x.count, x.width)
@@ -152,12 +158,16 @@ def pointwise_of_result(tape: Tape, x: Tensor) -> Tensor:
 
 
 def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
-    """CUDA's fused dropout: a mask of one byte an element."""
-    if p == 0.0:
+    """CUDA's fused dropout makes a mask of one byte an element; the CPU's noise in the input's dtype, before the output."""
+    if p == 0.0 or not tape.training:
         return x
     count, width = x.count, x.width
-    out = tape.new(count, width)
-    mask = tape.new(count, 1)
+    if tape.fuses_dropout:
+        out = tape.new(count, width)
+        mask = tape.new(count, 1)
+    else:
+        mask = tape.new(count, width)
+        out = tape.new(count, width)
     kept = tape.save(mask) if x.node is not None else None
 
     def run(grad: Storage) -> tuple[Storage]:
@@ -194,11 +204,20 @@ def split(tape: Tape, x: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
     return outs
 
 
-def embed(tape: Tape, weight: Parameter, tokens: int, hidden: int) -> Tensor:
-    """Rows of a table; the gradient of the table is a whole table."""
+def embed(tape: Tape, weight: Parameter, tokens: int, hidden: int, indices: Tensor = NOTHING) -> Tensor:
+    """Rows of a table; the gradient of the table is a whole table. `indices` are kept where they are not the batch's own."""
     if weight.node is not None:
-        tape.save(NOTHING)
-    return tape.record(tokens * hidden, weight.width, lambda grad: (tape.make(weight.count * weight.width),), weight)
+        kept = tape.save(indices)
+    else:
+        kept = None
+    size = weight.count * weight.width
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        return (tape.make(size),)
+
+    return tape.record(tokens * hidden, weight.width, run, weight)
 
 
 class Linear:

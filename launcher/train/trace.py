@@ -135,7 +135,7 @@ def attend(
     """Scaled dot product attention with the memory of the kernel torch 2.13 picks (aten/native/transformers/sdp_utils).
 
     CUDA: flash without a mask in 16 bits, else the memory-efficient kernel with the mask as a bias in the query's dtype.
-    CPU: the fused kernel, which takes a mask.
+    CPU: the fused kernel, which takes a mask and no dropout; with dropout the plain one.
     """
     bias = None
     if attn_mask is not None:
@@ -143,8 +143,11 @@ def attend(
         if attn_mask.dtype == torch.bool:
             bias = torch.where(attn_mask, torch.zeros((), dtype=query.dtype, device=query.device), float("-inf"))
     if device == "cpu":
-        if enable_gqa and key.shape[1] != query.shape[1]:
-            pass
+        if dropout_p:
+            plain: torch.Tensor = aten._scaled_dot_product_attention_math(
+                query, key, value, bias, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )[0]
+            return plain
         out: torch.Tensor = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale
         )[0]
