@@ -7,8 +7,9 @@ bool mask into a bias of the query's dtype in each layer (sdp_utils, convert_boo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from launcher.plan.operators import FP32, cast, copy, dropout, pointwise_of_result, scale, shift
+from launcher.plan.operators import FP32, cast, copy, dropout, part, pointwise_of_result, scale, shift
 from launcher.plan.tape import Storage, Tape, Tensor
 
 
@@ -136,6 +137,52 @@ def eager(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: 
     mixed = _mix(tape, weights, value, at)
     out = copy(tape, mixed)
     return out, weights
+
+
+def eager_with_sinks(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor, at: Heads
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """GPT-OSS: a column of sinks beside the scores, the row's largest taken off, softmax in the model's dtype."""
+    key, value = repeat_kv(tape, k, at), repeat_kv(tape, v, at)
+    scores = scale(tape, _scores(tape, q, key, at))
+    if mask is not None:
+        scores = shift(tape, scores)
+    rows = at.rows * at.heads * at.queries
+    column = Tensor(sinks.storage, rows, sinks.width, sinks.node)
+    joined = _join_column(tape, scores, column, sinks)
+    joined = _take_largest_off(tape, joined, rows)
+    weights = pointwise_of_result(tape, joined)
+    chosen = part(tape, weights, scores.count)
+    scores = chosen
+    out = copy(tape, batched_matmul(tape, chosen, value if at.kv_heads != at.heads else copy(tape, value), rows * at.value_width))
+    return out, weights
+
+
+def _join_column(tape: Tape, scores: Tensor, column: Tensor, sinks: Tensor) -> Tensor:
+    """cat; the column is a view of the sinks, whose gradient is summed."""
+    small = sinks.count * sinks.width
+    return tape.record(scores.count + column.count, scores.width, lambda grad: (grad, (grad, small)), scores, sinks)
+
+
+def _take_largest_off(tape: Tape, x: Tensor, rows: int) -> Tensor:
+    """x - x.max(): the place of the largest is kept."""
+    size = x.count * x.width
+    values, places = tape.new(rows, x.width), tape.new(rows, 8)
+    kept = tape.save(places) if x.node is not None else None
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        return (tape.make(size),)
+
+    largest = tape.attach(values, run, x)
+    small = rows * x.width
+
+    def back(grad: Storage) -> tuple[Any, Any]:
+        negated = tape.make(size)
+        return grad, (negated, small)
+
+    return tape.record(x.count, x.width, back, x, largest)
 
 
 def _scores(tape: Tape, q: Tensor, key: Tensor, at: Heads) -> Tensor:

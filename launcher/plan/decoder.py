@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.plan.attention import Heads, eager, flash, sdpa
-from launcher.plan.experts import mixture
-from launcher.plan.inventory import Config, head_dim, is_sparse, kv_heads, num_experts
+from launcher.plan.attention import Heads, eager, eager_with_sinks, flash, sdpa
+from launcher.plan.experts import gated_mlp, mixture
+from launcher.plan.inventory import Config, head_dim, is_sparse, kv_heads
 from launcher.plan.operators import (
     FP32,
     add,
@@ -20,6 +20,7 @@ from launcher.plan.operators import (
     layer_norm,
     linear,
     mul,
+    mul_table,
     part,
     pointwise,
     pointwise_of_result,
@@ -27,12 +28,13 @@ from launcher.plan.operators import (
     rotate,
     scale,
     split,
+    subtract,
 )  # fmt: skip
 from launcher.plan.tape import Tape, Tensor
 from launcher.plan.workload import Workload
 
 CLOSED_FORMS = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite",
-                          "mixtral", "qwen3_moe", "bert", "roberta", "gpt2", "gpt_neox", "phi"})  # fmt: skip
+                          "mixtral", "qwen3_moe", "bert", "roberta", "gpt2", "gpt_neox", "phi", "qwen2_moe", "gpt_oss"})  # fmt: skip
 """Model types whose forward and backward are told exactly here; tests/test_referee.py holds each to a trace."""
 
 Block = dict[str, Any]
@@ -146,6 +148,8 @@ def attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
     tape, config = run.tape, run.config
     kind, width = config["model_type"], head_dim(config)
     heads, keys = config["num_attention_heads"], kv_heads(config)
+    if kind == "gpt_oss":
+        return _gpt_oss_attention(run, block, layer, hidden)
     if kind == "phi3":
         qkv = linear(tape, hidden, block["self_attn.qkv_proj"])
         tokens = qkv.count // ((heads + 2 * keys) * width)
@@ -165,6 +169,30 @@ def attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
                heads_first=kind == "phi3")  # fmt: skip
     mixed = attend(run, query, key, value, run.masks[layer_type(config, layer)], at)
     return linear(tape, mixed, block["self_attn.o_proj"])
+
+
+def _gpt_oss_attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
+    """Halves of a head turned by tables of half its width; a sink for each head beside the scores."""
+    tape, config = run.tape, run.config
+    query, key, value = (linear(tape, hidden, block[f"self_attn.{name}_proj"]) for name in ("q", "k", "v"))
+    cos, sin = run.tables[""]
+    turned = _rotate_halves(tape, query, cos, sin)
+    query, key = turned, _rotate_halves(tape, key, cos, sin)
+    del turned
+    at = Heads(rows=run.rows, queries=run.columns, keys=run.columns, heads=config["num_attention_heads"], kv_heads=kv_heads(config),
+               width=head_dim(config), value_width=head_dim(config), heads_first=True)  # fmt: skip
+    if run.work.attention == "flash_attention_2":
+        mixed = flash(tape, query, key, value, at, workspace=run.work.kernel_workspace)
+    else:
+        mixed, run.weights = eager_with_sinks(tape, query, key, value, run.masks[layer_type(config, layer)], block["self_attn.sinks"], at)
+    return linear(tape, mixed, block["self_attn.o_proj"])
+
+
+def _rotate_halves(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = split(tape, x, (x.count // 2, x.count // 2))
+    lower = subtract(tape, mul_table(tape, first, cos), mul_table(tape, second, sin))
+    upper = add(tape, mul_table(tape, second, cos), mul_table(tape, first, sin))
+    return join(tape, lower, upper)
 
 
 def _project(run: Pass, block: Block, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -220,10 +248,7 @@ NARROW_SOFTMAX = frozenset({"bert", "roberta", "gpt2", "llama4_text", "gpt_oss"}
 
 def _mlp_of(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
     if is_sparse(run.config, layer):
-        c = run.config
-        mixtral = c["model_type"] == "mixtral"
-        return mixture(run.tape, block, hidden, experts=num_experts(c), top_k=c["num_experts_per_tok"], width=c["hidden_size"],
-                       normalised=mixtral or bool(c.get("norm_topk_prob")), wide=mixtral)  # fmt: skip
+        return mixture(run.tape, run.config, block, hidden)
     tape = run.tape
     if run.config["model_type"] == "phi3":
         both = linear(tape, hidden, block["mlp.gate_up_proj"])
@@ -231,13 +256,6 @@ def _mlp_of(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
         up = mul(tape, up, pointwise(tape, gate))
         return linear(tape, up, block["mlp.down_proj"])
     return gated_mlp(tape, block, "mlp", hidden)
-
-
-def gated_mlp(tape: Tape, block: Block, name: str, hidden: Tensor) -> Tensor:
-    return linear(
-        tape, mul(tape, pointwise(tape, linear(tape, hidden, block[f"{name}.gate_proj"])), linear(tape, hidden, block[f"{name}.up_proj"])),
-        block[f"{name}.down_proj"],
-    )  # fmt: skip
 
 
 __all__ = ["CLOSED_FORMS", "FP32", "Pass", "attend", "attention", "cast", "copy", "decoder_layer", "gated_mlp", "layer_norm", "layer_type",

@@ -2,22 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from launcher.plan.operators import FP32, cast, gather_rows, matmul, mul, pointwise, pointwise_of_result, split
+from launcher.plan.inventory import Config, num_experts
+from launcher.plan.operators import (
+    FP32, add, cast, clamp, gather_rows, linear, matmul, mul, part, pointwise, pointwise_of_result, scale, shift, split,
+)  # fmt: skip
 from launcher.plan.tape import Parameter, Storage, Tape, Tensor
 
 INT64, INT32 = 8, 4
 
 
-def mixture(
-    tape: Tape, block: dict[str, Any], hidden: Tensor, *, experts: int, top_k: int, width: int, normalised: bool, wide: bool
-) -> Tensor:
-    """Router and experts of Mixtral and Qwen3-MoE; `width` is the hidden size. `wide`: the routing weights stay in fp32."""
-    logits, weights, chosen = _route(tape, hidden, block["mlp.gate"], experts, top_k, width, normalised, wide)
+def mixture(tape: Tape, config: Config, block: dict[str, Any], hidden: Tensor) -> Tensor:
+    """Router and experts of a layer."""
+    kind = config["model_type"]
+    experts, top_k, width = num_experts(config), config["num_experts_per_tok"], config["hidden_size"]
+    if kind == "gpt_oss":
+        logits, weights, chosen = _route_gpt_oss(tape, hidden, block, experts, top_k, width)
+        out = _run_experts(tape, block, hidden, chosen, weights, experts, top_k, width, gate=_gate_gpt_oss)
+        del logits
+        return out
+    shared = gated_mlp(tape, block, "mlp.shared_expert", hidden) if kind == "qwen2_moe" else None
+    normalised = kind == "mixtral" or bool(config.get("norm_topk_prob"))
+    logits, weights, chosen = _route(tape, hidden, block["mlp.gate"], experts, top_k, width, normalised, wide=kind == "mixtral")
     out = _run_experts(tape, block, hidden, chosen, weights, experts, top_k, width)
+    if shared is not None:
+        shared = mul(tape, pointwise_of_result(tape, linear(tape, hidden, block["mlp.shared_expert_gate"])), shared)
+        out = add(tape, out, shared)
     del logits
     return out
+
+
+def gated_mlp(tape: Tape, block: dict[str, Any], name: str, hidden: Tensor) -> Tensor:
+    return linear(
+        tape, mul(tape, pointwise(tape, linear(tape, hidden, block[f"{name}.gate_proj"])), linear(tape, hidden, block[f"{name}.up_proj"])),
+        block[f"{name}.down_proj"],
+    )  # fmt: skip
+
+
+def _route_gpt_oss(tape: Tape, hidden: Tensor, block: dict[str, Any], experts: int, top_k: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    logits = matmul(tape, hidden, block["mlp.router"], width, block["mlp.router.bias"])
+    values, chosen = _top_k(tape, logits, logits.count // experts * top_k)
+    return logits, pointwise_of_result(tape, values), chosen
+
+
+def _gate_gpt_oss(tape: Tape, both: Tensor) -> Tensor:
+    gate, up = part(tape, both, both.count // 2), part(tape, both, both.count // 2)
+    gate = clamp(tape, gate, sides=1)
+    up = clamp(tape, up, sides=2)
+    glu = mul(tape, gate, pointwise_of_result(tape, scale(tape, gate)))
+    return mul(tape, shift(tape, up), glu)
 
 
 def _route(
@@ -71,8 +106,14 @@ def _top_k(tape: Tape, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return tape.attach(out, run, x), chosen
 
 
+def _gate(tape: Tape, both: Tensor) -> Tensor:
+    gate, up = split(tape, both, (both.count // 2, both.count // 2))
+    return mul(tape, pointwise(tape, gate), up)
+
+
 def _run_experts(
-    tape: Tape, block: dict[str, Any], hidden: Tensor, chosen: Tensor, weights: Tensor, experts: int, top_k: int, width: int
+    tape: Tape, block: dict[str, Any], hidden: Tensor, chosen: Tensor, weights: Tensor, experts: int, top_k: int, width: int,
+    gate: Callable[[Tape, Tensor], Tensor] = _gate,
 ) -> Tensor:  # fmt: skip
     """Tokens sorted by expert, two grouped products, weighed, put back in order and summed."""
     up, down = _fold(tape, block, "mlp.experts.gate_up_proj", experts), _fold(tape, block, "mlp.experts.down_proj", experts)
@@ -84,9 +125,12 @@ def _run_experts(
     weighing = gather_rows(tape, weights, pairs, order)
     ids, counted = tape.new(pairs, INT32), tape.new(experts, INT32)
     offsets = tape.new(experts, INT32)
-    made = _grouped(tape, selected, up, offsets, pairs * (up.count // experts // width))
-    made = _gate(tape, made)
-    made = _grouped(tape, made, down, offsets, pairs * width)
+    inner = pairs * (up.count // experts // width)
+    bias = _pick_biases(tape, block, "mlp.experts.gate_up_proj_bias", inner, sorted_ids)
+    made = _add_biases(tape, _grouped(tape, selected, up, offsets, inner), bias)
+    made = gate(tape, made)
+    bias = _pick_biases(tape, block, "mlp.experts.down_proj_bias", pairs * width, sorted_ids)
+    made = _add_biases(tape, _grouped(tape, made, down, offsets, pairs * width), bias)
     weighed = mul(tape, made, weighing)
     back = tape.new(pairs, INT64)
     tape.new(pairs, INT64)
@@ -97,9 +141,16 @@ def _run_experts(
     return out
 
 
-def _gate(tape: Tape, both: Tensor) -> Tensor:
-    gate, up = split(tape, both, (both.count // 2, both.count // 2))
-    return mul(tape, pointwise(tape, gate), up)
+def _pick_biases(tape: Tape, block: dict[str, Any], name: str, count: int, ids: Tensor) -> Tensor | None:
+    """A row for each token and expert, where experts have biases."""
+    return gather_rows(tape, block[name], count, ids) if name in block else None
+
+
+def _add_biases(tape: Tape, x: Tensor, bias: Tensor | None) -> Tensor:
+    """In place."""
+    if bias is None:
+        return x
+    return tape.attach(Tensor(x.storage, x.count, x.width), lambda grad: (grad, grad), x, bias)
 
 
 def _fold(tape: Tape, block: dict[str, Any], name: str, experts: int) -> Tensor:

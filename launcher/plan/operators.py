@@ -38,6 +38,12 @@ def add(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
     return tape.record(a.count, max(a.width, b.width), lambda grad: (grad, grad), a, b)
 
 
+def subtract(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """Same shapes: the gradient goes to the one, and negated to the other."""
+    size = b.count * b.width
+    return tape.record(a.count, max(a.width, b.width), lambda grad: (grad, tape.make(size)), a, b)
+
+
 def add_small(tape: Tape, a: Tensor, small: Tensor) -> Tensor:
     """`small` is broadcast (a bias); its gradient is a sum."""
     has, size = small.node is not None, small.count * small.width
@@ -155,6 +161,22 @@ def pointwise_of_result(tape: Tape, x: Tensor) -> Tensor:
         return (tape.make(size),)
 
     return tape.attach(out, run, x)
+
+
+def clamp(tape: Tape, x: Tensor, *, sides: int) -> Tensor:
+    """Bounded on one side or both; its backward compares anew, a byte an element and side."""
+    kept = tape.save(x) if x.node is not None else None
+    count, size = x.count, x.count * x.width
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        compared = [tape.make(count) for _ in range(sides)]
+        made = tape.make(size)
+        del compared
+        return (made,)
+
+    return tape.record(x.count, x.width, run, x)
 
 
 def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
@@ -391,11 +413,11 @@ def layer_norm(tape: Tape, x: Tensor, weight: Parameter | None, bias: Parameter 
 
 def rotate(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x · cos + rotate_half(x) · sin, the tables broadcast over heads; back in x's dtype where the tables are wider."""
-    straight = _mul_table(tape, x, cos)
+    straight = mul_table(tape, x, cos)
     half = x.count // 2
     first = part(tape, x, half)
     second = part(tape, x, half)
-    turned = _mul_table(tape, _turn(tape, first, second), sin)
+    turned = mul_table(tape, _turn(tape, first, second), sin)
     del first, second
     return add(tape, straight, turned)
 
@@ -404,7 +426,7 @@ def _turn(tape: Tape, first: Tensor, second: Tensor) -> Tensor:
     return join(tape, negate(tape, second), first)
 
 
-def _mul_table(tape: Tape, x: Tensor, table: Tensor) -> Tensor:
+def mul_table(tape: Tape, x: Tensor, table: Tensor) -> Tensor:
     kept = tape.save(table) if x.node is not None else None
     width, size = max(x.width, table.width), x.count * x.width
     whole = x.count * width

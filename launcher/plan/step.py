@@ -146,7 +146,7 @@ def _make_masks(run: Pass) -> dict[str, Tensor | None]:
     """One a kind of layer: bool for SDPA (none where causality says it all), a bias in the model's dtype for eager attention."""
     work, tape, config = run.work, run.tape, run.config
     kinds = {layer_type(config, layer) for layer in range(config["num_hidden_layers"])}
-    if config["model_type"] in ("gemma2", "gemma3_text", "gpt_oss"):
+    if config["model_type"] in ("gemma2", "gemma3_text", "gpt_oss", "qwen2_moe"):
         kinds = {"full_attention", "sliding_attention"}  # both are made, whether a layer uses them or not
     count = work.micro_batch_size * work.seq_len**2
     if config["model_type"] in ENCODERS and not config.get("is_decoder"):
@@ -177,7 +177,7 @@ def _make_mask(tape: Tape, count: int, work: Workload, packed: bool) -> Tensor:
 def _make_tables(run: Pass) -> dict[str, tuple[Tensor, Tensor]]:
     """cos and sin of every position, in the model's dtype (OLMo 2: in fp32)."""
     config, work, tape = run.config, run.work, run.tape
-    count = work.tokens * rotary_width(config)
+    count = work.tokens * rotary_width(config) // (2 if config["model_type"] == "gpt_oss" else 1)
     if config["model_type"] in ("bert", "roberta", "gpt2"):
         return {}
     names = sorted({layer_type(config, i) for i in range(config["num_hidden_layers"])}) if config["model_type"] == "gemma3_text" else [""]
