@@ -72,16 +72,34 @@ class Pass:
 
 
 def layer_type(config: Config, layer: int) -> str:
-    """full_attention or sliding_attention (configuration_*.py where config.json does not list them)."""
+    """full_attention, sliding_attention or chunked_attention (configuration_*.py where config.json does not list them)."""
     listed = config.get("layer_types")
     if listed:
         return str(listed[layer])
+    return "sliding_attention" if _slides(config, layer) else "full_attention"
+
+
+def _slides(config: Config, layer: int) -> bool:
     kind = config["model_type"]
-    if kind == "gemma2" or kind == "gpt_oss":
-        return "sliding_attention" if (layer + 1) % 2 else "full_attention"
+    if kind in ("gemma2", "gpt_oss"):
+        return layer % 2 == 0
     if kind == "gemma3_text":
-        return "sliding_attention" if (layer + 1) % config.get("sliding_window_pattern", 6) else "full_attention"
-    return "full_attention"
+        return (layer + 1) % config.get("sliding_window_pattern", 6) != 0
+    if kind in ("mistral", "mixtral", "phi3", "starcoder2", "ministral"):
+        return sliding_window(config) is not None
+    if kind == "qwen3_moe":
+        return bool(config.get("use_sliding_window"))
+    if kind in ("qwen2", "qwen3"):
+        return bool(config.get("use_sliding_window")) and layer >= config.get("max_window_layers", 28)
+    if kind == "qwen2_moe":
+        return bool(config.get("use_sliding_window")) and layer % 2 == 0 and layer < config.get("max_window_layers", 28)
+    return False
+
+
+def sliding_window(config: Config) -> int | None:
+    """How far a sliding layer looks back; None: everywhere."""
+    width = config.get("sliding_window", 4096 if config["model_type"] in ("mistral", "ministral") else None)
+    return int(width) if width else None
 
 
 def decoder_layer(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from launcher.plan.classic import CLASSIC, ENCODERS, classic_layer, drop_embedded, embed_tokens, encoder_logits, norm
-from launcher.plan.decoder import NORM_STYLES, Pass, decoder_layer, layer_type, rotary_width
+from launcher.plan.decoder import NORM_STYLES, Pass, decoder_layer, layer_type, rotary_width, sliding_window
 from launcher.plan.inventory import Config
 from launcher.plan.operators import FP32, cast, cross_entropy, embed, gather_rows, linear, matmul, pointwise_of_result, rms_norm, scale
 from launcher.plan.shape import name_alike, read_text_part
@@ -153,7 +153,8 @@ def _make_masks(run: Pass) -> dict[str, Tensor | None]:
         return {"full_attention": None}
     masks: dict[str, Tensor | None] = {}
     for kind in sorted(kinds):
-        slides = kind == "sliding_attention" and work.seq_len > (config.get("sliding_window") or work.seq_len)
+        window = sliding_window(config)
+        slides = kind == "sliding_attention" and window is not None and work.seq_len > window
         packed = work.packed and config["model_type"] not in BLIND_TO_PACKS
         if work.attention == "flash_attention_2" or (work.attention == "sdpa" and not packed and not slides):
             masks[kind] = None
@@ -164,8 +165,8 @@ def _make_masks(run: Pass) -> dict[str, Tensor | None]:
 
 def _make_mask(tape: Tape, count: int, work: Workload, packed: bool) -> Tensor:
     """masking_utils.sdpa_mask: a bool for causality and one for the packs, and both; eager_mask makes a bias of it."""
-    if not packed:
-        mask = tape.new(count, 1)
+    if not packed:  # one for all rows, expanded to them
+        mask = Tensor(tape.new(work.seq_len**2, 1).storage, count, 1)
     else:
         packs = tape.new(count, 1)
         causal = tape.new(count, 1)
