@@ -29,12 +29,15 @@ class Heads:
     causal: bool = True
 
 
-def sdpa(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, *, device: str, workspace: bool, p: float = 0.0) -> Tensor:
+def sdpa(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, *, device: str, workspace: bool, p: float = 0.0
+) -> Tensor:
     """F.scaled_dot_product_attention behind transformers' sdpa_attention_forward; the output is contiguous by rows."""
-    if device == "cpu" and p and tape.training:  # the CPU's fused kernel knows no dropout
+    uneven = at.width != at.value_width
+    if device == "cpu" and ((p and tape.training) or uneven):  # the CPU's fused kernel knows neither
         return _plain(tape, q, k, v, mask, at, p)
     if mask is None:
-        if device == "cuda" and q.width == FP32:
+        if device == "cuda" and (q.width == FP32 or uneven):
             return _kernel(tape, q, k, v, None, at, padded=32, seeds=2, workspace=workspace)
         out = _kernel(tape, q, k, v, None, at, padded=1, seeds=2 if device == "cuda" else 0, workspace=workspace)
         return copy(tape, out) if at.heads_first else out  # the output lies as the queries do
@@ -123,7 +126,9 @@ def repeat_kv(tape: Tape, x: Tensor, at: Heads) -> Tensor:
     return tape.record(x.count // at.kv_heads * at.heads, x.width, lambda grad: (tape.make(size),), x)
 
 
-def eager(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, *, p: float = 0.0, softcap: bool = False, wide: bool = True) -> tuple[Tensor, Tensor]:
+def eager(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, *, p: float = 0.0, softcap: bool = False, wide: bool = True
+) -> tuple[Tensor, Tensor]:
     """transformers' eager_attention_forward: scores of every query and key, softmax in fp32 where it is `wide`. Its weights are given back too."""
     key, value = repeat_kv(tape, k, at), repeat_kv(tape, v, at)
     scores = scale(tape, _scores(tape, q, key, at))

@@ -8,10 +8,23 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.plan.attention import Heads
-from launcher.plan.decoder import Block, Pass, attend, rotary_width, rotate_part
+from launcher.plan.forward import Block, Pass, attend, rotary_width, rotate_part
 from launcher.plan.inventory import Config, head_dim, kv_heads
 from launcher.plan.operators import (
-    add, dropout, embed, gather_rows, gelu_new, join, layer_norm, linear, matmul, part, pointwise, pointwise_of_result, rotate, split,
+    add,
+    dropout,
+    embed,
+    gather_rows,
+    gelu_new,
+    join,
+    layer_norm,
+    linear,
+    matmul,
+    part,
+    pointwise,
+    pointwise_of_result,
+    rotate,
+    split,
 )  # fmt: skip
 from launcher.plan.tape import Parameter, Sink, Tape, Tensor
 
@@ -110,7 +123,15 @@ def _bert_attention(run: Pass, block: Block, hidden: Tensor) -> Tensor:
 
 def _bert_heads(run: Pass, block: Block, hidden: Tensor) -> Tensor:
     query, key, value = (linear(run.tape, hidden, block[f"attention.self.{name}"]) for name in ("query", "key", "value"))
-    return attend(run, query, key, value, run.masks["full_attention"], _heads(run, causal=bool(run.config.get("is_decoder"))), p=rate(run.config, "attention_probs_dropout_prob"))
+    return attend(
+        run,
+        query,
+        key,
+        value,
+        run.masks["full_attention"],
+        _heads(run, causal=bool(run.config.get("is_decoder"))),
+        p=rate(run.config, "attention_probs_dropout_prob"),
+    )
 
 
 def _bert_mlp(run: Pass, block: Block, attended: Tensor) -> Tensor:
@@ -186,10 +207,14 @@ def _neox_layer(run: Pass, block: Block, hidden: Tensor) -> Tensor:
     tape, p = run.tape, rate(run.config, "hidden_dropout")
     attended = dropout(tape, _neox_attention(run, block, norm(run, hidden, block, "input_layernorm")), p)
     if run.config.get("use_parallel_residual", True):
-        inner = dropout(tape, _plain_mlp(run, block, norm(run, hidden, block, "post_attention_layernorm"), "dense_h_to_4h", "dense_4h_to_h"), p)
+        inner = dropout(
+            tape, _plain_mlp(run, block, norm(run, hidden, block, "post_attention_layernorm"), "dense_h_to_4h", "dense_4h_to_h"), p
+        )
         return add(tape, add(tape, inner, attended), hidden)
     attended = add(tape, attended, hidden)
-    inner = dropout(tape, _plain_mlp(run, block, norm(run, attended, block, "post_attention_layernorm"), "dense_h_to_4h", "dense_4h_to_h"), p)
+    inner = dropout(
+        tape, _plain_mlp(run, block, norm(run, attended, block, "post_attention_layernorm"), "dense_h_to_4h", "dense_4h_to_h"), p
+    )
     return add(tape, inner, attended)
 
 
@@ -199,7 +224,10 @@ def _neox_attention(run: Pass, block: Block, hidden: Tensor) -> Tensor:
     query, key, value = split(tape, qkv, (hidden.count,) * 3)
     cos, sin = run.tables[""]
     width = head_dim(config)
-    query, key = rotate_part(tape, query, cos, sin, width, rotary_width(config)), rotate_part(tape, key, cos, sin, width, rotary_width(config))
+    query, key = (
+        rotate_part(tape, query, cos, sin, width, rotary_width(config)),
+        rotate_part(tape, key, cos, sin, width, rotary_width(config)),
+    )
     mixed = attend(run, query, key, value, run.masks["full_attention"], _heads(run, heads_first=True))
     return linear(tape, mixed, block["attention.dense"])
 

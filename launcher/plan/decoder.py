@@ -5,25 +5,22 @@ What is written here decides what is live when: locals live until their function
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.plan.attention import Heads, eager, eager_with_sinks, flash, sdpa
+from launcher.plan.attention import Heads, eager_with_sinks, flash
 from launcher.plan.experts import gated_mlp, mixture
+from launcher.plan.forward import Block, Pass, attend, layer_type, rotary_width, rotate_part
 from launcher.plan.inventory import Config, head_dim, is_sparse, kv_heads
+from launcher.plan.latent import latent_attention, latent_mixture
 from launcher.plan.operators import (
-    FP32,
     add,
     cast,
-    copy,
     join,
-    layer_norm,
     linear,
     mul,
     mul_table,
     part,
     pointwise,
-    pointwise_of_result,
     rms_norm,
     rotate,
     scale,
@@ -31,75 +28,10 @@ from launcher.plan.operators import (
     subtract,
 )  # fmt: skip
 from launcher.plan.tape import Tape, Tensor
-from launcher.plan.workload import Workload
 
 CLOSED_FORMS = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite",
-                          "mixtral", "qwen3_moe", "bert", "roberta", "gpt2", "gpt_neox", "phi", "qwen2_moe", "gpt_oss"})  # fmt: skip
+                          "mixtral", "qwen3_moe", "bert", "roberta", "gpt2", "gpt_neox", "phi", "qwen2_moe", "gpt_oss", "deepseek_v2", "deepseek_v3"})  # fmt: skip
 """Model types whose forward and backward are told exactly here; tests/test_referee.py holds each to a trace."""
-
-Block = dict[str, Any]
-
-
-@dataclass(slots=True)
-class Pass:
-    """One forward pass: the tape, and what all layers are handed."""
-
-    tape: Tape
-    work: Workload
-    config: Config
-    tables: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    masks: dict[str, Tensor | None] = field(default_factory=dict)
-    weights: Tensor | None = None
-    """Eager attention's, which a layer's code holds on to until it returns."""
-
-    def for_layer(self, layer: int) -> Pass:
-        """With the layer's own mask and tables alone: what a checkpoint of it keeps."""
-        kind = layer_type(self.config, layer)
-        tables = {name: pair for name, pair in self.tables.items() if name in ("", kind)}
-        return Pass(self.tape, self.work, self.config, tables, {kind: self.masks[kind]})
-
-    @property
-    def rows(self) -> int:
-        return 1 if self.is_flat else self.work.micro_batch_size
-
-    @property
-    def columns(self) -> int:
-        return self.work.tokens if self.is_flat else self.work.seq_len
-
-    @property
-    def is_flat(self) -> bool:
-        return self.work.attention == "flash_attention_2"
-
-
-def layer_type(config: Config, layer: int) -> str:
-    """full_attention, sliding_attention or chunked_attention (configuration_*.py where config.json does not list them)."""
-    listed = config.get("layer_types")
-    if listed:
-        return str(listed[layer])
-    return "sliding_attention" if _slides(config, layer) else "full_attention"
-
-
-def _slides(config: Config, layer: int) -> bool:
-    kind = config["model_type"]
-    if kind in ("gemma2", "gpt_oss"):
-        return layer % 2 == 0
-    if kind == "gemma3_text":
-        return (layer + 1) % config.get("sliding_window_pattern", 6) != 0
-    if kind in ("mistral", "mixtral", "phi3", "starcoder2", "ministral"):
-        return sliding_window(config) is not None
-    if kind == "qwen3_moe":
-        return bool(config.get("use_sliding_window"))
-    if kind in ("qwen2", "qwen3"):
-        return bool(config.get("use_sliding_window")) and layer >= config.get("max_window_layers", 28)
-    if kind == "qwen2_moe":
-        return bool(config.get("use_sliding_window")) and layer % 2 == 0 and layer < config.get("max_window_layers", 28)
-    return False
-
-
-def sliding_window(config: Config) -> int | None:
-    """How far a sliding layer looks back; None: everywhere."""
-    width = config.get("sliding_window", 4096 if config["model_type"] in ("mistral", "ministral") else None)
-    return int(width) if width else None
 
 
 def decoder_layer(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
@@ -154,6 +86,7 @@ def _post_norm_layer(run: Pass, block: Block, layer: int, hidden: Tensor) -> Ten
     return states
 
 
+LATENT = frozenset({"deepseek_v2", "deepseek_v3"})
 NORM_STYLES = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gpt_oss": "late", "olmo2": "late"}
 
 
@@ -166,6 +99,8 @@ def attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
     tape, config = run.tape, run.config
     kind, width = config["model_type"], head_dim(config)
     heads, keys = config["num_attention_heads"], kv_heads(config)
+    if kind in LATENT:
+        return latent_attention(run, block, hidden)
     if kind == "gpt_oss":
         return _gpt_oss_attention(run, block, layer, hidden)
     if kind == "phi3":
@@ -232,41 +167,10 @@ def _uses_rope(config: Config, layer: int) -> bool:
     return bool(listed[layer]) if listed else (layer + 1) % config.get("no_rope_layer_interval", 4) != 0
 
 
-def rotary_width(config: Config) -> int:
-    """How much of a head's width is turned."""
-    default = {"phi": 0.5, "gpt_neox": 0.25, "stablelm": 0.25}.get(config["model_type"], 1.0)
-    told = config.get("partial_rotary_factor", config.get("rotary_pct"))
-    return int(head_dim(config) * float(default if told is None else told))
-
-
-def rotate_part(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor, width: int, turning: int) -> Tensor:
-    """Part of a head's width is turned, the rest joined to it (also where there is no rest)."""
-    turned_count = x.count // width * turning
-    turned, passed = part(tape, x, turned_count), part(tape, x, x.count - turned_count)
-    return join(tape, rotate(tape, turned, cos, sin), passed)
-
-
-def attend(run: Pass, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, at: Heads, *, p: float | None = None) -> Tensor:
-    """The attention kernel of the run. `p`: its dropout, where config.json has another name for it."""
-    work, kind = run.work, run.config["model_type"]
-    if p is None:
-        p = float(run.config.get("attention_dropout") or 0.0)
-    if work.attention == "eager":
-        softcap = run.config.get("attn_logit_softcapping") is not None and kind == "gemma2"
-        mixed, run.weights = eager(run.tape, query, key, value, mask, at, p=p, softcap=softcap, wide=kind not in NARROW_SOFTMAX)
-        return mixed
-    if work.attention == "flash_attention_2":
-        return flash(run.tape, query, key, value, at, workspace=work.kernel_workspace)
-    return sdpa(run.tape, query, key, value, mask, at, device=work.device, workspace=work.kernel_workspace, p=p)
-
-
-NARROW_SOFTMAX = frozenset({"bert", "roberta", "gpt2", "llama4_text", "gpt_oss"})
-"""Their eager attention takes the softmax in the model's dtype."""
-
-
 def _mlp_of(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
     if is_sparse(run.config, layer):
-        return mixture(run.tape, run.config, block, hidden)
+        latent = run.config["model_type"] in LATENT
+        return (latent_mixture if latent else mixture)(run.tape, run.config, block, hidden)
     tape = run.tape
     if run.config["model_type"] == "phi3":
         both = linear(tape, hidden, block["mlp.gate_up_proj"])
@@ -274,7 +178,3 @@ def _mlp_of(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
         up = mul(tape, up, pointwise(tape, gate))
         return linear(tape, up, block["mlp.down_proj"])
     return gated_mlp(tape, block, "mlp", hidden)
-
-
-__all__ = ["CLOSED_FORMS", "FP32", "Pass", "attend", "attention", "cast", "copy", "decoder_layer", "gated_mlp", "layer_norm", "layer_type",
-           "pointwise_of_result"]  # fmt: skip

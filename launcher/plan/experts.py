@@ -7,7 +7,20 @@ from typing import Any
 
 from launcher.plan.inventory import Config, num_experts
 from launcher.plan.operators import (
-    FP32, add, cast, clamp, gather_rows, linear, matmul, mul, part, pointwise, pointwise_of_result, scale, shift, split,
+    FP32,
+    add,
+    cast,
+    clamp,
+    gather_rows,
+    linear,
+    matmul,
+    mul,
+    part,
+    pointwise,
+    pointwise_of_result,
+    scale,
+    shift,
+    split,
 )  # fmt: skip
 from launcher.plan.tape import Parameter, Storage, Tape, Tensor
 
@@ -20,13 +33,13 @@ def mixture(tape: Tape, config: Config, block: dict[str, Any], hidden: Tensor) -
     experts, top_k, width = num_experts(config), config["num_experts_per_tok"], config["hidden_size"]
     if kind == "gpt_oss":
         logits, weights, chosen = _route_gpt_oss(tape, hidden, block, experts, top_k, width)
-        out = _run_experts(tape, block, hidden, chosen, weights, experts, top_k, width, gate=_gate_gpt_oss)
+        out = run_experts(tape, block, hidden, chosen, weights, experts, top_k, width, gate=_gate_gpt_oss)
         del logits
         return out
     shared = gated_mlp(tape, block, "mlp.shared_expert", hidden) if kind == "qwen2_moe" else None
     normalised = kind == "mixtral" or bool(config.get("norm_topk_prob"))
     logits, weights, chosen = _route(tape, hidden, block["mlp.gate"], experts, top_k, width, normalised, wide=kind == "mixtral")
-    out = _run_experts(tape, block, hidden, chosen, weights, experts, top_k, width)
+    out = run_experts(tape, block, hidden, chosen, weights, experts, top_k, width)
     if shared is not None:
         shared = mul(tape, pointwise_of_result(tape, linear(tape, hidden, block["mlp.shared_expert_gate"])), shared)
         out = add(tape, out, shared)
@@ -41,9 +54,11 @@ def gated_mlp(tape: Tape, block: dict[str, Any], name: str, hidden: Tensor) -> T
     )  # fmt: skip
 
 
-def _route_gpt_oss(tape: Tape, hidden: Tensor, block: dict[str, Any], experts: int, top_k: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+def _route_gpt_oss(
+    tape: Tape, hidden: Tensor, block: dict[str, Any], experts: int, top_k: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
     logits = matmul(tape, hidden, block["mlp.router"], width, block["mlp.router.bias"])
-    values, chosen = _top_k(tape, logits, logits.count // experts * top_k)
+    values, chosen = top_k(tape, logits, logits.count // experts * top_k)
     return logits, pointwise_of_result(tape, values), chosen
 
 
@@ -60,17 +75,19 @@ def _route(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     logits = matmul(tape, hidden, gate, width)
     probabilities = pointwise_of_result(tape, cast(tape, logits, FP32))
-    values, chosen = _top_k(tape, probabilities, logits.count // experts * top_k)
+    values, chosen = top_k(tape, probabilities, logits.count // experts * top_k)
     if normalised:
-        values = _normalise(tape, values, logits.count // experts)
+        values, _ = divide_by_sum(tape, values, logits.count // experts)
     if not wide:
         values = cast(tape, values, hidden.width)
     return logits, values, chosen
 
 
-def _normalise(tape: Tape, values: Tensor, tokens: int) -> Tensor:
-    """`values /= values.sum()`: in place, so that what was there is copied for the backward."""
+def divide_by_sum(tape: Tape, values: Tensor, tokens: int, *, shifted: bool = False) -> tuple[Tensor, Tensor]:
+    """`values /= values.sum()`: in place, so that what was there is copied for the backward. The sum too (`shifted`: plus a little)."""
     total = tape.record(tokens, FP32, lambda grad: (grad,), values)
+    if shifted:
+        total = shift(tape, total)
     kept_total = tape.save(total) if values.node is not None else None
     kept_values = tape.save(tape.new(values.count, FP32)) if values.node is not None else None
     size, small = values.count * FP32, tokens * FP32
@@ -86,10 +103,10 @@ def _normalise(tape: Tape, values: Tensor, tokens: int) -> Tensor:
         del of_total
         return made, summed
 
-    return tape.attach(Tensor(values.storage, values.count, FP32), run, values, total)
+    return tape.attach(Tensor(values.storage, values.count, FP32), run, values, total), total
 
 
-def _top_k(tape: Tape, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def top_k(tape: Tape, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     out = tape.new(count, x.width)
     chosen = tape.new(count, INT64)
     kept = tape.save(chosen) if x.node is not None else None
@@ -111,7 +128,7 @@ def _gate(tape: Tape, both: Tensor) -> Tensor:
     return mul(tape, pointwise(tape, gate), up)
 
 
-def _run_experts(
+def run_experts(
     tape: Tape, block: dict[str, Any], hidden: Tensor, chosen: Tensor, weights: Tensor, experts: int, top_k: int, width: int,
     gate: Callable[[Tape, Tensor], Tensor] = _gate,
 ) -> Tensor:  # fmt: skip

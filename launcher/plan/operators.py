@@ -179,6 +179,39 @@ def clamp(tape: Tape, x: Tensor, *, sides: int) -> Tensor:
     return tape.record(x.count, x.width, run, x)
 
 
+def add_constant(tape: Tape, x: Tensor) -> Tensor:
+    """Plus a tensor that needs no gradient."""
+    return shift(tape, x)
+
+
+def gather_columns(tape: Tape, x: Tensor, index: Tensor) -> Tensor:
+    """x.gather(1, index): its gradient is put into zeros, in place."""
+    kept = tape.save(index) if x.node is not None else None
+    size = x.count * x.width
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        return (tape.make(size),)
+
+    return tape.record(index.count, x.width, run, x)
+
+
+def copy_into_part(tape: Tape, whole: Tensor, x: Tensor, *, expanded: int = 0) -> Tensor:
+    """`whole[..., a:b].copy_(x)`: autograd's CopySlices copies the whole's gradient, and a slice of it. `expanded`: x is one for all heads."""
+    size, slice_size, own = whole.count * whole.width, (expanded or x.count) * x.width, x.count * x.width
+    had = whole.node is not None
+
+    def run(grad: Storage) -> tuple[Any, Any]:
+        result = tape.make(size)
+        cut = tape.make(slice_size)
+        if had:
+            tape.make(slice_size)
+        return result if had else None, (cut, own) if expanded else cut
+
+    return tape.attach(Tensor(whole.storage, whole.count, whole.width), run, whole, x)
+
+
 def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
     """CUDA's fused dropout makes a mask of one byte an element; the CPU's noise in the input's dtype, before the output."""
     if p == 0.0 or not tape.training:
@@ -228,10 +261,7 @@ def split(tape: Tape, x: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
 
 def embed(tape: Tape, weight: Parameter, tokens: int, hidden: int, indices: Tensor = NOTHING) -> Tensor:
     """Rows of a table; the gradient of the table is a whole table. `indices` are kept where they are not the batch's own."""
-    if weight.node is not None:
-        kept = tape.save(indices)
-    else:
-        kept = None
+    kept = tape.save(indices) if weight.node is not None else None
     size = weight.count * weight.width
 
     def run(grad: Storage) -> tuple[Storage]:

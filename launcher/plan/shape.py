@@ -236,7 +236,12 @@ def name_alike(config: dict[str, Any]) -> dict[str, Any]:
     return config | found
 
 
-_OTHER_NAMES = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_positions": "max_position_embeddings"}
+_OTHER_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+}
 
 
 def read_text_part(config: dict[str, Any]) -> dict[str, Any]:

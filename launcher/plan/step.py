@@ -8,8 +8,10 @@ from functools import lru_cache
 from typing import Any
 
 from launcher.plan.classic import CLASSIC, ENCODERS, classic_layer, drop_embedded, embed_tokens, encoder_logits, norm
-from launcher.plan.decoder import NORM_STYLES, Pass, decoder_layer, layer_type, rotary_width, sliding_window
+from launcher.plan.decoder import LATENT, NORM_STYLES, decoder_layer
+from launcher.plan.forward import Pass, layer_type, rotary_width, sliding_window
 from launcher.plan.inventory import Config
+from launcher.plan.latent import widths
 from launcher.plan.operators import FP32, cast, cross_entropy, embed, gather_rows, linear, matmul, pointwise_of_result, rms_norm, scale
 from launcher.plan.shape import name_alike, read_text_part
 from launcher.plan.tape import CHECKPOINTS, LOGITS, Parameter, Sink, Tape, Tensor, backward, checkpoint, counting_as, drop_gradient
@@ -181,6 +183,12 @@ def _make_tables(run: Pass) -> dict[str, tuple[Tensor, Tensor]]:
     count = work.tokens * rotary_width(config) // (2 if config["model_type"] == "gpt_oss" else 1)
     if config["model_type"] in ("bert", "roberta", "gpt2"):
         return {}
+    if config["model_type"] in LATENT:
+        rope = widths(config)[1]
+        if config["model_type"] == "deepseek_v3":
+            return {"": (tape.new(work.tokens * rope, work.width), tape.new(work.tokens * rope, work.width))}
+        table = tape.new(work.tokens * rope, FP32)  # half as many complex numbers
+        return {"": (table, table)}
     names = sorted({layer_type(config, i) for i in range(config["num_hidden_layers"])}) if config["model_type"] == "gemma3_text" else [""]
     width = FP32 if config["model_type"] == "olmo2" else work.width
     return {name: (tape.new(count, width), tape.new(count, width)) for name in names}

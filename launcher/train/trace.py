@@ -134,16 +134,17 @@ def attend(
 ) -> torch.Tensor:
     """Scaled dot product attention with the memory of the kernel torch 2.13 picks (aten/native/transformers/sdp_utils).
 
-    CUDA: flash without a mask in 16 bits, else the memory-efficient kernel with the mask as a bias in the query's dtype.
-    CPU: the fused kernel, which takes a mask and no dropout; with dropout the plain one.
+    CUDA: flash without a mask in 16 bits where values are as wide as keys, else the memory-efficient kernel with the mask as a bias in the query's dtype.
+    CPU: the fused kernel, which takes a mask, and neither dropout nor values of another width; the plain one there.
     """
     bias = None
     if attn_mask is not None:
         bias = attn_mask
         if attn_mask.dtype == torch.bool:
             bias = torch.where(attn_mask, torch.zeros((), dtype=query.dtype, device=query.device), float("-inf"))
+    even = query.shape[-1] == value.shape[-1]
     if device == "cpu":
-        if dropout_p:
+        if dropout_p or not even:
             plain: torch.Tensor = aten._scaled_dot_product_attention_math(
                 query, key, value, bias, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )[0]
@@ -152,7 +153,7 @@ def attend(
             query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale
         )[0]
         return out
-    if bias is None and query.dtype != torch.float32:
+    if bias is None and query.dtype != torch.float32 and even:
         flash: torch.Tensor = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
         return flash
     if bias is not None:
