@@ -16,8 +16,8 @@ from launcher.plan.inventory_others import GEMMA3_TEXT, is_known, make_inventory
 from launcher.plan.known import find_known
 from launcher.plan.source import ModelSource
 
-KNOWN_HEADS = ("lm_head", "proj_out", "decoder", "classifier", "qa_outputs")
-"""Output layers, which peft's all-linear and bitsandbytes leave alone."""
+KNOWN_HEADS = ("lm_head", "proj_out", "classifier", "qa_outputs")
+"""Output layers, which peft's all-linear and bitsandbytes leave alone; those of BERT's family have layers before them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +97,10 @@ def _inventory_of(config: str) -> Inventory:
 
 def is_head(prefix: str, weight: Weight) -> bool:
     """Whether a weight is an output layer's."""
-    return not prefix.count("{") and (prefix + weight.name).split(".")[0] in KNOWN_HEADS
+    name = prefix + weight.name
+    if name.startswith("lm_head.") and name.count(".") > 1:
+        return name.startswith("lm_head.decoder")
+    return not prefix.count("{") and (name.split(".")[0] in KNOWN_HEADS or name.startswith("cls.predictions.decoder"))
 
 
 _FUSED_NAMES = {
@@ -219,9 +222,26 @@ def keep_shape(config: dict[str, Any]) -> dict[str, Any]:
         k: v for k, v in config.items() if isinstance(v, int | float | str | None) or (isinstance(v, list) and len(v) <= 256)
     }
     kept |= {k: keep_shape(config[k]) for k in ("text_config", "vision_config") if isinstance(config.get(k), dict)}
+    for rope in (config.get("rope_parameters"), config.get("rope_scaling")):
+        if isinstance(rope, dict) and "partial_rotary_factor" in rope:
+            kept["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if isinstance(config.get("id2label"), dict):
         kept["num_labels"] = len(config["id2label"])
     return kept
+
+
+def name_alike(config: dict[str, Any]) -> dict[str, Any]:
+    """The same under the names most architectures use (GPT-2 has n_embd, n_layer and n_head)."""
+    found = {new: config[old] for old, new in _OTHER_NAMES.items() if old in config and new not in config}
+    return config | found
+
+
+_OTHER_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+}
 
 
 def read_text_part(config: dict[str, Any]) -> dict[str, Any]:
