@@ -9,9 +9,10 @@ from typing import Any
 
 from launcher.plan.attention import Heads, eager_with_sinks, flash
 from launcher.plan.experts import gated_mlp, mixture
-from launcher.plan.forward import Block, Pass, attend, layer_type, rotary_width, rotate_part
-from launcher.plan.inventory import Config, head_dim, is_sparse, kv_heads
+from launcher.plan.forward import Block, Pass, attend, layer_type, rotary_width, rotate_part, uses_rope
+from launcher.plan.inventory import head_dim, is_sparse, kv_heads
 from launcher.plan.latent import latent_attention, latent_mixture
+from launcher.plan.llama4 import llama4_attention, llama4_mixture, llama4_mlp
 from launcher.plan.operators import (
     add,
     cast,
@@ -30,7 +31,7 @@ from launcher.plan.operators import (
 from launcher.plan.tape import Tape, Tensor
 
 CLOSED_FORMS = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite",
-                          "mixtral", "qwen3_moe", "bert", "roberta", "gpt2", "gpt_neox", "phi", "qwen2_moe", "gpt_oss", "deepseek_v2", "deepseek_v3"})  # fmt: skip
+                          "mixtral", "qwen3_moe", "bert", "roberta", "gpt2", "gpt_neox", "phi", "qwen2_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "llama4_text"})  # fmt: skip
 """Model types whose forward and backward are told exactly here; tests/test_referee.py holds each to a trace."""
 
 
@@ -44,11 +45,13 @@ def decoder_layer(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor
     residual = hidden
     states = _norm(run, hidden, block["input_layernorm"])
     states = attention(run, block, layer, states)
+    attended = states if kind == "llama4_text" else None  # a name of its own there
     states = add(tape, residual, _scaled(run, states))
     residual = states
     states = _norm(run, states, block["post_attention_layernorm"])
     states = _mlp_of(run, block, layer, states)
     states = add(tape, residual, _scaled(run, states))
+    del attended
     return states
 
 
@@ -87,7 +90,7 @@ def _post_norm_layer(run: Pass, block: Block, layer: int, hidden: Tensor) -> Ten
 
 
 LATENT = frozenset({"deepseek_v2", "deepseek_v3"})
-NORM_STYLES = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gpt_oss": "late", "olmo2": "late"}
+NORM_STYLES = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gpt_oss": "late", "olmo2": "late", "llama4_text": "l2"}
 
 
 def _norm(run: Pass, x: Tensor, weight: Any) -> Tensor:
@@ -99,6 +102,8 @@ def attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
     tape, config = run.tape, run.config
     kind, width = config["model_type"], head_dim(config)
     heads, keys = config["num_attention_heads"], kv_heads(config)
+    if kind == "llama4_text":
+        return llama4_attention(run, block, layer, hidden)
     if kind in LATENT:
         return latent_attention(run, block, hidden)
     if kind == "gpt_oss":
@@ -110,7 +115,7 @@ def attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
     else:
         query, key, value = _project(run, block, hidden)
     cos, sin = run.tables[layer_type(config, layer) if kind == "gemma3_text" else ""]
-    if not (kind == "smollm3" and not _uses_rope(config, layer)):
+    if not (kind == "smollm3" and not uses_rope(config, layer)):
         if kind == "phi3":
             turning = rotary_width(config)
             query, key = rotate_part(tape, query, cos, sin, width, turning), rotate_part(tape, key, cos, sin, width, turning)
@@ -162,12 +167,9 @@ def _project(run: Pass, block: Block, hidden: Tensor) -> tuple[Tensor, Tensor, T
     return query, key, value
 
 
-def _uses_rope(config: Config, layer: int) -> bool:
-    listed = config.get("no_rope_layers")
-    return bool(listed[layer]) if listed else (layer + 1) % config.get("no_rope_layer_interval", 4) != 0
-
-
 def _mlp_of(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
+    if run.config["model_type"] == "llama4_text":
+        return llama4_mixture(run, block, hidden) if is_sparse(run.config, layer) else llama4_mlp(run.tape, block, "feed_forward", hidden)
     if is_sparse(run.config, layer):
         latent = run.config["model_type"] in LATENT
         return (latent_mixture if latent else mixture)(run.tape, run.config, block, hidden)

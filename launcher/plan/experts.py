@@ -58,7 +58,7 @@ def _route_gpt_oss(
     tape: Tape, hidden: Tensor, block: dict[str, Any], experts: int, top_k: int, width: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = matmul(tape, hidden, block["mlp.router"], width, block["mlp.router.bias"])
-    values, chosen = top_k(tape, logits, logits.count // experts * top_k)
+    values, chosen = take_top(tape, logits, logits.count // experts * top_k)
     return logits, pointwise_of_result(tape, values), chosen
 
 
@@ -75,7 +75,7 @@ def _route(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     logits = matmul(tape, hidden, gate, width)
     probabilities = pointwise_of_result(tape, cast(tape, logits, FP32))
-    values, chosen = top_k(tape, probabilities, logits.count // experts * top_k)
+    values, chosen = take_top(tape, probabilities, logits.count // experts * top_k)
     if normalised:
         values, _ = divide_by_sum(tape, values, logits.count // experts)
     if not wide:
@@ -106,7 +106,7 @@ def divide_by_sum(tape: Tape, values: Tensor, tokens: int, *, shifted: bool = Fa
     return tape.attach(Tensor(values.storage, values.count, FP32), run, values, total), total
 
 
-def top_k(tape: Tape, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def take_top(tape: Tape, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     out = tape.new(count, x.width)
     chosen = tape.new(count, INT64)
     kept = tape.save(chosen) if x.node is not None else None

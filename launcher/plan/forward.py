@@ -50,7 +50,15 @@ def layer_type(config: Config, layer: int) -> str:
     listed = config.get("layer_types")
     if listed:
         return str(listed[layer])
+    if config["model_type"] == "llama4_text":
+        return "chunked_attention" if uses_rope(config, layer) else "full_attention"
     return "sliding_attention" if _slides(config, layer) else "full_attention"
+
+
+def uses_rope(config: Config, layer: int) -> bool:
+    """SmolLM3 and Llama 4 turn queries and keys in most layers."""
+    listed = config.get("no_rope_layers")
+    return bool(listed[layer]) if listed else (layer + 1) % int(config.get("no_rope_layer_interval") or 4) != 0
 
 
 def _slides(config: Config, layer: int) -> bool:

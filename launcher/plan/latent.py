@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.plan.attention import Heads
-from launcher.plan.experts import divide_by_sum, gated_mlp, run_experts, top_k
+from launcher.plan.experts import divide_by_sum, gated_mlp, run_experts, take_top
 from launcher.plan.forward import Block, Pass, attend
 from launcher.plan.inventory import Config, num_experts
 from launcher.plan.operators import (
@@ -137,11 +137,11 @@ def _route_sigmoid(
     logits = _wide_logits(tape, hidden, block, c["hidden_size"])
     scores = pointwise_of_result(tape, logits)
     choosing = add_constant(tape, scores)
-    best, _ = top_k(tape, choosing, tokens * groups * 2)
+    best, _ = take_top(tape, choosing, tokens * groups * 2)
     group_scores = add_up(tape, best, tokens * groups)
     del best, _
     choosing = _mask_groups(tape, c, choosing, group_scores, tokens, groups, experts)
-    _, chosen = top_k(tape, choosing, tokens * chosen_each)
+    _, chosen = take_top(tape, choosing, tokens * chosen_each)
     del _
     weights = gather_columns(tape, scores, chosen)
     total = None
@@ -153,7 +153,7 @@ def _route_sigmoid(
 
 
 def _mask_groups(tape: Tape, c: Config, choosing: Tensor, group_scores: Tensor, tokens: int, groups: int, experts: int) -> Tensor:
-    _, group = top_k(tape, group_scores, tokens * c.get("topk_group", 4))
+    _, group = take_top(tape, group_scores, tokens * c.get("topk_group", 4))
     del _
     group_mask = tape.new(tokens * groups, group_scores.width)
     score_mask = tape.new(tokens * experts, group_scores.width)
@@ -182,10 +182,10 @@ def _route_softmax(
     scores = pointwise_of_result(tape, logits)
     group_scores = None
     if c.get("topk_method", "greedy") == "group_limited_greedy":
-        group_scores, places = top_k(tape, scores, tokens * groups)
+        group_scores, places = take_top(tape, scores, tokens * groups)
         del places
         scores = _mask_groups(tape, c, scores, group_scores, tokens, groups, experts)
-    weights, chosen = top_k(tape, scores, tokens * chosen_each)
+    weights, chosen = take_top(tape, scores, tokens * chosen_each)
     weights = scale(tape, weights)
     del group_scores
     return logits, weights, chosen

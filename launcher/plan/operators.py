@@ -393,8 +393,13 @@ def _product_8bit(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
     return tape.attach(out, run, x)
 
 
-def rms_norm(tape: Tape, x: Tensor, weight: Parameter, *, style: str = "llama") -> Tensor:
-    """llama: weight · cast back; late: weight in fp32, then cast back; gemma: (1 + weight) in fp32, then cast back."""
+def rms_norm(tape: Tape, x: Tensor, weight: Parameter | None, *, style: str = "llama", width: int = 0) -> Tensor:
+    """llama: weight · cast back; late: weight in fp32, then cast back; gemma: (1 + weight) in fp32, then cast back; l2: cast back · weight,
+    or no weight over a given width."""
+    if style == "l2":
+        output = cast(tape, _normed(tape, cast(tape, x, FP32), weight.count if weight is not None else width), x.width)
+        return output if weight is None else mul(tape, output, weight)
+    assert weight is not None
     if style == "gemma":
         output = _normed(tape, cast(tape, x, FP32), weight.count)
         output = mul(tape, output, shift(tape, cast(tape, weight, FP32)))

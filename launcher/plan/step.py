@@ -151,24 +151,28 @@ def _make_masks(run: Pass) -> dict[str, Tensor | None]:
     if config["model_type"] in ("gemma2", "gemma3_text", "gpt_oss", "qwen2_moe"):
         kinds = {"full_attention", "sliding_attention"}  # both are made, whether a layer uses them or not
     count = work.micro_batch_size * work.seq_len**2
+    if config["model_type"] == "llama4_text":
+        kinds = {"full_attention", "chunked_attention"}
     if config["model_type"] in ENCODERS and not config.get("is_decoder"):
         return {"full_attention": None}
     masks: dict[str, Tensor | None] = {}
     for kind in sorted(kinds):
-        window = sliding_window(config)
-        slides = kind == "sliding_attention" and window is not None and work.seq_len > window
+        window = {"sliding_attention": sliding_window(config), "chunked_attention": config.get("attention_chunk_size")}.get(kind)
+        slides = window is not None and work.seq_len > window
         packed = work.packed and config["model_type"] not in BLIND_TO_PACKS
         if work.attention == "flash_attention_2" or (work.attention == "sdpa" and not packed and not slides):
             masks[kind] = None
         else:
-            masks[kind] = _make_mask(tape, count, work, packed)
+            masks[kind] = _make_mask(tape, count, work, packed or kind == "chunked_attention" and slides, packed)
     return masks
 
 
-def _make_mask(tape: Tape, count: int, work: Workload, packed: bool) -> Tensor:
-    """masking_utils.sdpa_mask: a bool for causality and one for the packs, and both; eager_mask makes a bias of it."""
-    if not packed:  # one for all rows, expanded to them
+def _make_mask(tape: Tape, count: int, work: Workload, each_row: bool, packed: bool) -> Tensor:
+    """masking_utils.sdpa_mask: a bool for causality, one for the packs, and both; eager_mask makes a bias of it. Chunks begin where a row does."""
+    if not each_row:  # one for all rows, expanded to them
         mask = Tensor(tape.new(work.seq_len**2, 1).storage, count, 1)
+    elif not packed:
+        mask = tape.new(count, 1)
     else:
         packs = tape.new(count, 1)
         causal = tape.new(count, 1)
@@ -188,6 +192,9 @@ def _make_tables(run: Pass) -> dict[str, tuple[Tensor, Tensor]]:
         if config["model_type"] == "deepseek_v3":
             return {"": (tape.new(work.tokens * rope, work.width), tape.new(work.tokens * rope, work.width))}
         table = tape.new(work.tokens * rope, FP32)  # half as many complex numbers
+        return {"": (table, table)}
+    if config["model_type"] == "llama4_text":
+        table = tape.new(work.tokens * rotary_width(config), FP32)
         return {"": (table, table)}
     names = sorted({layer_type(config, i) for i in range(config["num_hidden_layers"])}) if config["model_type"] == "gemma3_text" else [""]
     width = FP32 if config["model_type"] == "olmo2" else work.width
