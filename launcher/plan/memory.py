@@ -18,6 +18,7 @@ from launcher.plan.decoder import CLOSED_FORMS
 from launcher.plan.gathering import Gathered, gather
 from launcher.plan.host import make_disk, make_host_phases, make_network
 from launcher.plan.layout import Layout
+from launcher.plan.products import predict_products
 from launcher.plan.profile import Peak, StepProfile, profile_evaluation, profile_step
 from launcher.plan.shape import ModelShape
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
@@ -153,7 +154,8 @@ def predict_memory(
     limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
     slack = _make_slack(phases, story, expandable_segments, limit)
     finished = tuple(
-        Phase(name=name, components=_finish(components, slack[name], layout, overheads, sharding)) for name, components in phases.items()
+        Phase(name=name, components=_finish(components, slack[name], work, overheads, sharding, name))
+        for name, components in phases.items()
     )
     held = profile.host_checkpoints if profile is not None else 0
     notes += _find_notes(parts)
@@ -232,7 +234,7 @@ def _make_phases(parts: Parts, traced: StepProfile | None, *, exact: bool, known
     stays = not several and (sharding.stage == 0 or (sharding.stage == 1 and counts.trained > sharding.bucket))
     left = work.width * counts.trained if stays else 0
     step_gradients = gradients if sharding.stage == 3 or sharding.offload_optimizer else []
-    start = max(0, states.start_peak - states.master - states.optimizer)
+    start = max(0, states.start_peak - states.master)
     return {
         "load": _loading(parts, gathered),
         "engine start": [*weights, part("fp32 master", states.master), *always, *(gradients if sharding.stage == 3 else []),
@@ -298,10 +300,17 @@ def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, 
     return slack
 
 
-def _finish(components: Held, slack: Component, layout: Layout, overheads: Overheads, sharding: Sharding) -> tuple[Component, ...]:
+def _finish(
+    components: Held, slack: Component, work: Workload, overheads: Overheads, sharding: Sharding, phase: str
+) -> tuple[Component, ...]:
     """Components of one name made one, in the order of tables, with what lies outside of tensors."""
-    if layout.accelerator == "cpu":
-        outside = [slack, part("libraries", overheads.libraries, "fitted", overheads.libraries_error, "total")]
+    if work.device == "cpu":
+        compiled = 0 if phase in ("load", "engine start") else predict_products(work)
+        outside = [
+            part("library workspace", compiled, "fitted", 0.5, "reserved"),
+            slack,
+            part("libraries", overheads.libraries, "fitted", overheads.libraries_error, "total"),
+        ]
     else:
         outside = [part("library workspace", overheads.library_workspace, "fitted", overheads.library_error), slack,
                    part("CUDA context", overheads.context, "assumed", overheads.context_error, "total")]  # fmt: skip

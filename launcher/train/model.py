@@ -111,6 +111,12 @@ def list_weight_files(plan: Plan) -> list[Path]:
     return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
 
 
+def list_loaded_files(plan: Plan) -> list[Path]:
+    """The safetensors files that the base model is loaded from."""
+    folder = Path(weights_path(plan))
+    return sorted(folder.glob("*.safetensors")) if folder.is_dir() else list_weight_files(plan)[1:]
+
+
 def weights_path(plan: Plan) -> str:
     """What from_pretrained is given: a folder or a hub id."""
     source = locate_model(plan.recipe.model.name_or_path, plan.base_dir)
