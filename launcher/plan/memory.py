@@ -266,8 +266,11 @@ def _loading(parts: Parts, gathered: Gathered) -> Held:
     """Weights as they come: whole on every rank, unless the model starts sharded."""
     work, counts, sharding, states = parts.work, parts.counts, parts.sharding, parts.states
     if sharding.stage == 3 and sharding.zero_init:
+        # A layer is quantised before it is sharded (train/shard.py), its largest weight beside it in the model's dtype.
+        layer = gathered.largest_layer + work.width * counts.largest_quantised if work.method.bits != 16 else 0
         return [part("weights", states.weights + states.persistent), part("adapters", states.adapters),
-                part("gathered parameters", 2 * gathered.largest, "source", 0.5)]  # fmt: skip
+                part("quantisation state", counts.quant_state_bytes),
+                part("gathered parameters", max(2 * gathered.largest, layer), "source", 0.5)]  # fmt: skip
     base = work.width * (sum(counts.frozen) + counts.trained - counts.adapters)
     # A quantised weight comes in the model's dtype and is turned one at a time.
     turning = 2 * work.width * counts.largest_quantised
