@@ -20,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.memory_matrix import RESULTS, Case, case_facts, make_plan_of, read_comparison, run, save_results
+from benchmarks.memory_matrix import RESULTS, Case, describe, measure_run, run, save_results
 
 LORA, QLORA = {"kind": "lora", "r": 16}, {"kind": "qlora", "r": 16}
 FULL = {"kind": "full"}
@@ -105,25 +105,14 @@ def predicted(plan: Any) -> dict[str, int]:
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:
-    plan = make_plan_of(case, folder, "cpu")
+    plan, row = measure_run(case, folder, "cpu")
     run_dir = Path(plan.run_dir)
-    run(plan, ["-m", "launcher.train.worker", str(run_dir / "plan.json")])
-    (resident,) = read_comparison(plan.run_dir).values()
     (run_dir / "metrics.jsonl").unlink()
     shutil.rmtree(run_dir / "checkpoints")
     run(plan, [str(Path(__file__)), "--rank", str(run_dir / "plan.json")])
     live, told = read_live(run_dir, case.ranks), predicted(plan)
-    tensors = {name: {"predicted": told[name], "measured": live[name], "error": told[name] / live[name] - 1} for name in told}
-    return {**case_facts(case), "tensors": tensors, "held": live["held"],
-            "resident": {"predicted": resident["predicted"], "measured": resident["measured"], "error": resident["predicted"] / resident["measured"] - 1}}  # fmt: skip
-
-
-def describe(row: dict[str, Any]) -> str:
-    figures = {"building": row["tensors"]["building"], "steps": row["tensors"]["stepping"], "resident": row["resident"]}
-    told = "  ".join(
-        f"{name} {f['predicted'] / 2**20:8.1f} of {f['measured'] / 2**20:8.1f} MiB {f['error']:+7.1%}" for name, f in figures.items()
-    )
-    return f"{row['name']:62} {told}"
+    row["figures"] |= {name: {"predicted": told[name], "measured": live[name], "error": told[name] / live[name] - 1} for name in told}
+    return {**row, "held": live["held"]}
 
 
 def main() -> None:

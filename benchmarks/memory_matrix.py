@@ -170,6 +170,29 @@ def read_comparison(run_dir: str) -> dict[str, dict[str, Any]]:
     return figures
 
 
+def measure_run(case: Case, folder: Path, accelerator: Any) -> tuple[Any, dict[str, Any]]:
+    """Plan the case, run it, and what the run measured beside what was predicted: of each figure bytes and the prediction's error."""
+    plan = make_plan_of(case, folder, accelerator)
+    run(plan, ["-m", "launcher.train.worker", str(Path(plan.run_dir) / "plan.json")])
+    figures = {
+        name: {
+            "predicted": f["predicted"],
+            "predicted_p95": f["predicted_p95"],
+            "measured": f["measured"],
+            "error": f["predicted"] / f["measured"] - 1,
+        }
+        for name, f in read_comparison(plan.run_dir).items()
+    }
+    return plan, {**case_facts(case), "figures": figures}
+
+
+def describe(row: dict[str, Any]) -> str:
+    told = "  ".join(
+        f"{n} {f['predicted'] / 2**20:.1f} of {f['measured'] / 2**20:.1f} MiB {f['error']:+.1%}" for n, f in row["figures"].items()
+    )
+    return f"{row['name']:62} {told}"
+
+
 def describe_machine() -> dict[str, Any]:
     from launcher.versions import read_versions
 

@@ -12,7 +12,7 @@ from tiny import plan_tiny
 
 from launcher.progress import describe_event
 from launcher.train import budget
-from launcher.train.budget import Reading, describe_miss, limit_memory, outside_allocator, read_figures, read_mapped
+from launcher.train.budget import Reading, count_mapped, describe_miss, limit_memory, outside_allocator, read_figures
 
 MIB = 1 << 20
 
@@ -105,17 +105,14 @@ def test_on_a_gpu_torch_is_told_what_the_budget_leaves_its_allocator(tiny: Path,
     assert len(fractions) == 1
 
 
-def test_files_that_are_mapped_are_counted_by_what_is_in_memory(tmp_path: Path) -> None:
-    """A model's file that is mapped: only the pages that were read."""
-    import mmap
+def test_weights_that_lie_in_a_mapped_file_are_counted(tmp_path: Path) -> None:
+    import torch
 
     path = tmp_path / "model.safetensors"
     path.write_bytes(b"x" * (8 * MIB))
-    assert read_mapped([path]) == 0
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-        assert sum(mapped[place] for place in range(0, 8 * MIB, 4096)) == 2048 * ord("x")
-        assert read_mapped([path]) == 8 * MIB and read_mapped([tmp_path / "other"]) == 0
-    assert read_mapped([path]) == 0
+    mapped = torch.from_file(str(path), shared=True, size=8 * MIB, dtype=torch.uint8)
+    assert count_mapped([mapped[: 3 * MIB], torch.zeros(MIB)], [path]) == 3 * MIB
+    assert count_mapped([mapped], [tmp_path / "other"]) == 0
 
 
 def test_onednn_is_told_how_many_products_to_keep(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,7 +90,7 @@ class Watch:
 
     def __init__(self, plan: Plan, rank: int, report: Callable[[Event], None]) -> None:
         self.plan, self.rank, self.report = plan, rank, report
-        self.base = 0
+        self.base = self.mapped = 0
         self.steps = 0
 
     def start(self) -> None:
@@ -101,10 +101,11 @@ class Watch:
             self.check("before the model was loaded")
             self.base = read_anonymous()
 
-    def built(self) -> None:
-        """The engine is there. On a CPU the peak begins anew: files that were mapped to load from are no part of a step's."""
+    def built(self, model: torch.nn.Module) -> None:
+        """The engine is there, around this model. On a CPU the peak begins anew: files that were mapped to load from are no part of a step's."""
         self.check("by the time the engine was built")
         if self.plan.layout.accelerator == "cpu":
+            self.mapped = count_mapped(model.parameters(), list_loaded_files(self.plan))
             forget_peak()
 
     def check(self, when: str) -> None:
@@ -130,7 +131,7 @@ class Watch:
         return state
 
     def _compare(self, step: int) -> None:
-        readings = _gather(read_figures(self.plan, self.base))
+        readings = _gather(read_figures(self.plan, self.base - self.mapped))
         figures = {reading.name: {"predicted": reading.predicted, "predicted_p95": reading.predicted_p95, "measured": reading.measured,
                                   "error": reading.error} for reading in readings}  # fmt: skip
         self.report({"event": "memory", "step": step, "figures": figures})
@@ -159,8 +160,8 @@ def read_figures(plan: Plan, base: int) -> list[Reading]:
     """What was predicted for the phases so far and what this rank has taken, like with like.
 
     On a GPU: torch's two counters, and what the driver counts as used on the device (other processes on it included).
-    On a CPU: the growth of the process' own memory and of the model's mapped files (frozen weights are not copied out of them), from
-    before the model was loaded to the peak of the steps, beside what the plan has for these but the libraries.
+    On a CPU: the growth of the process' own memory, and the weights that lie in mapped files (frozen ones are not copied), from before
+    the model was loaded to the peak of the steps, beside what the plan has for these but the libraries.
     """
     reached = STEPPING if plan.layout.accelerator == "cpu" else BUILDING + STEPPING
 
@@ -169,7 +170,7 @@ def read_figures(plan: Plan, base: int) -> list[Reading]:
         return Reading(name=label, predicted=max(f.p50 for f in figures), predicted_p95=max(f.p95 for f in figures), measured=measured)
 
     if plan.layout.accelerator == "cpu":
-        return [reading(GROWTH, "reserved", read_peak_anonymous() - base + read_mapped(list_loaded_files(plan)))]
+        return [reading(GROWTH, "reserved", read_peak_anonymous() - base)]
     free, total = torch.cuda.mem_get_info()
     return [
         reading("allocated", "allocated", torch.cuda.max_memory_allocated()),
@@ -229,18 +230,17 @@ def read_peak_anonymous() -> int:
     return read_peak_resident() - _mapped(_read_status())
 
 
-def read_mapped(files: Iterable[Path]) -> int:
-    """Bytes of these files that are mapped and in memory now."""
+def count_mapped(tensors: Iterable[torch.Tensor], files: Iterable[Path]) -> int:
+    """Bytes of the tensors that lie in these files, mapped: weights that were never copied out of them."""
     names = {str(file.resolve()) for file in files}
-    size, ours = 0, False
-    with suppress(OSError), open("/proc/self/smaps", encoding="utf-8") as maps:
+    ranges = []
+    with suppress(OSError), open("/proc/self/maps", encoding="utf-8") as maps:
         for line in maps:
-            words = line.split(maxsplit=5)
-            if not words[0].endswith(":"):  # address perms offset dev inode path
-                ours = len(words) == 6 and words[5].rstrip() in names
-            elif ours and words[0] == "Rss:":
-                size += int(words[1]) * 1024
-    return size
+            words = line.split(maxsplit=5)  # addresses, permissions, offset, device, inode, path
+            if len(words) == 6 and words[5].rstrip() in names:
+                begin, end = words[0].split("-")
+                ranges.append((int(begin, 16), int(end, 16)))
+    return sum(t.nbytes for t in tensors if any(begin <= t.data_ptr() < end for begin, end in ranges))
 
 
 def _mapped(status: dict[str, int]) -> int:

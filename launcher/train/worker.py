@@ -112,7 +112,7 @@ def fine_tune(
     engine = build_engine(plan, model, me)
     if recipe.data.packing:
         check_packing(engine.module)
-    watch.built()
+    watch.built(engine.module)
     held = _Held(plan, engine, tokenizer, eval_set, report)
     identity = make_run_identity(plan, [samples.content_hash for samples in (train_set, eval_set) if samples is not None])
     resumed = resume(plan, engine, storage, identity, report)
