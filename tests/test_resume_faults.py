@@ -175,7 +175,7 @@ def fine_tune_audited(me: Any, plan: Plan) -> tuple[set[str], list[Event]]:
     def hear(event: str, args: tuple[Any, ...]) -> None:
         if listening and event == "open" and isinstance(args[0], str | os.PathLike):
             path = os.fspath(args[0])
-            if isinstance(path, str) and path.startswith(plan.checkpoints):
+            if isinstance(path, str) and path.startswith(plan.checkpoints) and not os.path.isdir(path):
                 opened.add(path.rsplit("/", 1)[1])
 
     sys.addaudithook(hear)  # there is no way to take it away again

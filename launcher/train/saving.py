@@ -57,6 +57,7 @@ class Saver:
         self._identity, self._total_steps, self._best_weights, self._report = identity, total_steps, best_weights, report
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._session = _agree(secrets.token_hex(6))
+        self._versions = read_versions()  # once: reading packages' metadata takes longer than the rest of what a save does on this thread
         self._began = self._saved_at = time.monotonic()
         self._train_s_before = 0.0
         self._saved_step = self._committed_step = 0
@@ -143,7 +144,7 @@ class Saver:
             total_steps=self._total_steps,
             best_step=state.best_step,
             origin=self._plan.run_dir,
-            versions=read_versions(),
+            versions=self._versions,
         )
 
     # ------------------------------------------------------------------------------------------- on the thread
