@@ -57,7 +57,8 @@ class Saver:
         self._identity, self._total_steps, self._best_weights, self._report = identity, total_steps, best_weights, report
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._session = _agree(secrets.token_hex(6))
-        self._versions = read_versions()  # once: reading packages' metadata takes longer than the rest of what a save does on this thread
+        # Once: reading the packages' metadata takes longer than all else that a save does on this thread.
+        self._versions, self._plan_digest = read_versions(), plan.digest
         self._began = self._saved_at = time.monotonic()
         self._train_s_before = 0.0
         self._saved_step = self._committed_step = 0
@@ -135,7 +136,7 @@ class Saver:
             zero_stage=self._plan.layout.zero_stage,
             attempt=f"{self._session}-{state.step}",
             time=time.time(),
-            plan_digest=self._plan.digest,
+            plan_digest=self._plan_digest,
             optimizer=self._plan.recipe.optim.name,
             scalars=scalars,
             state=state.to_dict(),
