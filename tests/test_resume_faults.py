@@ -25,6 +25,7 @@ from launcher.plan import Plan
 from launcher.run import Event
 
 CASE: dict[str, Any] = {"save": {"every_steps": 2, "keep": 10}}
+UNMEASURED: dict[str, Any] = {**CASE, "evaluate": {}}
 FILES = ["COMMIT.json", "rank-00000.json", "rank-00001.json", "rank-00000.safetensors", "rank-00001.safetensors"]
 
 
@@ -148,7 +149,8 @@ def test_a_storage_that_fails_costs_no_checkpoint(straight: tuple[Path, list[Eve
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_a_rank_reads_its_share_and_each_byte_of_it_once(stage: str, two_ranks: Ranks, one_rank: Ranks, tiny: Path, tmp_path: Path) -> None:
     """At the same world size its own shard, but for the header and the other's part; on more ranks than saved it, no more than its part."""
-    plan = plan_case(tiny, tmp_path / "two", 2, stage=stage, **CASE)
+    # No best weights, which each rank of stage 2 keeps whole.
+    plan = plan_case(tiny, tmp_path / "two", 2, stage=stage, **UNMEASURED)
     two_ranks.run(fine_tune, plan, 2)
     commit = load_commit(open_storage(plan.checkpoints), 2)
     for rank, (read, _) in enumerate(two_ranks.run(fine_tune_watched, plan, -1)):
@@ -156,10 +158,10 @@ def test_a_rank_reads_its_share_and_each_byte_of_it_once(stage: str, two_ranks: 
         assert list(shards) == [f"{commit.folder}/rank-{rank:05d}.safetensors"]
         (count,) = shards.values()
         assert 0.95 * commit.shards[rank].num_bytes < count < commit.shards[rank].num_bytes
-    plan = plan_case(tiny, tmp_path / "one", 1, stage=stage, **CASE)
+    plan = plan_case(tiny, tmp_path / "one", 1, stage=stage, **UNMEASURED)
     one_rank.run(fine_tune, plan, 2)
     whole = load_commit(open_storage(plan.checkpoints), 2).num_bytes
-    plan = plan_case(tiny, tmp_path / "one", 2, stage=stage, **CASE)
+    plan = plan_case(tiny, tmp_path / "one", 2, stage=stage, **UNMEASURED)
     counts = [sum(count for name, count in read.items() if name.endswith(".safetensors"))
               for read, _ in two_ranks.run(fine_tune_watched, plan, -1)]  # fmt: skip
     # A chunk is read whole, and all of this model's tensors are smaller than one. Stage 2 cuts the list of tensors in two, stage 3 each
