@@ -131,7 +131,7 @@ def measure(size_gib: float, folder: Path) -> dict[str, Any]:
         return time.perf_counter() - began
 
     step()
-    plain = statistics.median(step() for _ in range(5))
+    plain = statistics.median(step() for _ in range(5 if size_gib < 1 else 3))
     numel = sum(p.numel() for p in engine.module.parameters())
     row: dict[str, Any] = {"asked_gib": size_gib, "size_gib": round(12 * numel / GIB, 3), "parameters": numel, "step_s": plain}
     every_s = 60 * (plan.recipe.save.every_minutes or 10)
