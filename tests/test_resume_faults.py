@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pickle
 import random
@@ -232,6 +233,19 @@ def test_a_second_run_on_the_same_checkpoints_is_refused_before_it_trains(
 
 
 # --------------------------------------------------------------------------------------------------- made from something else
+
+
+def test_an_adapters_checkpoint_holds_what_is_trained_and_names_the_base(two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
+    """The base model by path, revision and hash; of its weights nothing."""
+    plan = plan_case(tiny, tmp_path, 2, method="qlora4", dtype="bf16")
+    two_ranks.run(fine_tune, plan, 3)
+    storage = open_storage(plan.checkpoints)
+    commit = load_commit(storage, 3)
+    assert commit.base_model == str(tiny / "model")
+    assert len(commit.identity["model.weights"]) == 32 and "model.revision" in commit.identity
+    manifests = [json.loads(storage.read(f"{commit.folder}/rank-{rank:05d}.json")) for rank in range(2)]
+    held = [fragment for manifest in manifests for fragment in manifest["fragments"] if fragment["kind"] != "random"]
+    assert held and all(".lora_" in fragment["name"] for fragment in held)
 
 
 def test_other_data_are_refused_and_let_through_by_key(two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:

@@ -145,6 +145,7 @@ class Saver:
             total_steps=self._total_steps,
             best_step=state.best_step,
             origin=self._plan.run_dir,
+            base_model=self._plan.recipe.model.name_or_path,
             versions=self._versions,
         )
 
