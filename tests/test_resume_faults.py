@@ -152,8 +152,14 @@ def fine_tune_cut_off(me: Any, plan: Plan, step: int) -> list[Event]:
     from launcher.run import RunFolder
     from launcher.train.worker import fine_tune as run
 
+    gone = True
+
     def watch(word: str) -> None:
-        if f"step-{step:06d}/rank-00000" in word or word == f"before delete step-{step:06d}/COMMIT.json":
+        nonlocal gone
+        if gone and f"step-{step:06d}/rank-00000" in word:
+            raise ConnectionResetError("the share went away")
+        if gone and word.startswith(f"before delete step-{step:06d}"):
+            gone = False
             raise ConnectionResetError("the share went away")
 
     events: list[Event] = []
