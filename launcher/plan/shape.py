@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import socket
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -164,15 +165,35 @@ def load_shape(source: ModelSource, revision: str | None) -> ModelShape:
 
 
 def _fetch_hub_config(name: str, revision: str | None) -> Path:
+    """Its config.json: the hub's, or the copy that an earlier run left in the cache. Raises ModelError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    online = _finds_hub()
     try:
-        return Path(hf_hub_download(name, "config.json", revision=revision))
+        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=not online))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (
+            str(error).splitlines()[0] if online else "no network here: the hub's host name does not resolve; and it is not in the cache"
+        )
         raise ModelError(f"model.name_or_path: {name} is neither a folder here nor reachable on the hub ({reason})",
                          "check the name, the network, and HF_TOKEN for a gated model; or name a local folder") from None  # fmt: skip
+
+
+def _finds_hub() -> bool:
+    """Whether the hub's host name resolves, which says in no time what huggingface_hub finds out in forty seconds of retries.
+    Behind a proxy it need not resolve here."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub.constants import ENDPOINT
+
+    if getproxies():
+        return True
+    try:
+        return bool(socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None))
+    except OSError:
+        return False
 
 
 def shape_of_config(whole: dict[str, Any], path: Path) -> ModelShape:
