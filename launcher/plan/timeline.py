@@ -51,15 +51,20 @@ def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, m
     story.passing("engine start", states.start_peak)
     story.events.append(("engine start", 0, 0))  # DeepSpeed empties the cache between groups
     story.begin("engine start", states.master)
-    bucket = story.begin("engine start", states.bucket) if states.bucket_always else 0
+    if states.bucket_always:
+        story.begin("engine start", states.bucket)
     if sharding.stage == 3:
         story.begin("engine start", states.gradients)
     tape = recorded_step(work, keep_gradients=keeps, gradients_exist=keeps and micro_steps > 1)
     assert tape.events is not None
-    gathered = gather(work, sharding)
+    whole = gather(work, sharding).backward
+    computed = _make_micro_step(tape.events, states, story.next_key + 1)
+    story.next_key += len(computed) + 1
     for iteration in range(ITERATIONS):
         held = story.begin("forward", states.gradients) if sharding.stage != 3 else 0
-        _play(story, tape.events, states, bucket, gathered.backward)
+        gathered = story.begin("forward", whole)
+        story.events += computed  # all that begins in it ends in it, so that its keys may come again
+        story.end("reduce", gathered, whole)
         left = story.begin("reduce", states.part_bytes) if keeps else 0
         story.passing("reduce", states.reduce_copy)
         if iteration == 0:
@@ -83,22 +88,12 @@ def _load(story: Story, work: Workload, states: States, sharding: Sharding) -> N
     story.begin("load", int(total))
 
 
-def _play(story: Story, events: list[Event], states: States, bucket: int, whole: int) -> None:
-    """One micro-step of the tape, with the bucket that comes with the first gradient."""
-    offset = story.next_key
-    own = 0
+def _make_micro_step(taped: list[Event], states: States, offset: int) -> list[Event]:
+    """The tape of one micro-step, with the bucket that comes with the first gradient. Keys begin at `offset`."""
     names = {"loss backward": "loss"}
-    highest = 0
-    gathered = story.begin("forward", whole)
-    offset = story.next_key
-    for phase, size, key in events:
-        if phase == "backward" and not own and not bucket:
-            own = 1 << 40
-            if states.bucket:
-                story.events.append(("backward", states.bucket, own))
-        story.events.append((names.get(phase, phase), size, key + offset))
-        highest = max(highest, key)
-    story.next_key = offset + highest
-    if own and states.bucket:
-        story.events.append(("reduce", -states.bucket, own))
-    story.end("reduce", gathered, whole)
+    events = [(names.get(phase, phase), size, key + offset) for phase, size, key in taped]
+    first = next((index for index, event in enumerate(events) if event[0] == "backward"), None)
+    if states.bucket and not states.bucket_always and first is not None:
+        events.insert(first, ("backward", states.bucket, offset))
+        events.append(("reduce", -states.bucket, offset))
+    return events
