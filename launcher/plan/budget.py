@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 SCHEMA_VERSION = 1
@@ -21,6 +21,8 @@ Provenance = Literal["exact", "source", "fitted", "assumed"]
 measured somewhere; assumed: a guess that is said to be one."""
 FigureName = Literal["allocated", "reserved", "total"]
 Verdict = Literal["FITS", "TIGHT", "DOES NOT FIT"]
+VERDICTS: tuple[Verdict, ...] = ("FITS", "TIGHT", "DOES NOT FIT")
+"""From good to bad."""
 
 MARGIN = 0.03
 """A run whose P95 comes this near to the budget (as a share of it) is TIGHT."""
@@ -75,6 +77,9 @@ class Phase:
     @property
     def total_bytes(self) -> int:
         return self.figure("total").p50
+
+    def without(self, name: str) -> Phase:
+        return replace(self, components=tuple(part for part in self.components if part.name != name))
 
     def figure(self, name: FigureName) -> Figure:
         return add_up(part for part in self.components if _counts(part, name))
@@ -152,8 +157,12 @@ class MemoryPlan:
         verdicts = [judge(self.device("total"), self.budget)]
         if self.host_budget is not None:
             verdicts.append(judge(self.host, self.host_budget))
-        order: tuple[Verdict, ...] = ("FITS", "TIGHT", "DOES NOT FIT")
-        return max(verdicts, key=order.index)
+        return max(verdicts, key=VERDICTS.index)
+
+    @property
+    def without_slack(self) -> MemoryPlan:
+        """What is needed were the allocator perfect: never more than what a replay of it adds to."""
+        return replace(self, phases=tuple(phase.without("allocator slack") for phase in self.phases))
 
     def to_dict(self) -> dict[str, Any]:
         """The documented schema (docs/plan.md); from_dict gives the plan back."""

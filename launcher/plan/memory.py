@@ -169,6 +169,19 @@ def predict_memory(
     )
 
 
+def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan, *, deepspeed: Mapping[str, Any]) -> int:
+    """Bytes of a device that the run needs whatever its activations are: what it holds, at the step and while it loads."""
+    work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
+    states = make_states(
+        count_states(work), sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
+        micro_steps=batch.gradient_accumulation_steps,
+    )  # fmt: skip
+    parts = Parts(work, work, sharding, count_states(work), states, batch.gradient_accumulation_steps)
+    held = states.weights + states.persistent + states.quant_state + states.adapters + states.master + states.optimizer
+    loading = 0 if sharding.stage == 3 and sharding.zero_init else sum(c.bytes for c in _loading(parts, NOTHING_GATHERED))
+    return max(held + states.gradients, held + states.step_peak, loading)
+
+
 def as_llama(shape: ModelShape) -> ModelShape:
     """A Llama of the same widths and depth."""
     config = {"model_type": "llama", "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size,
@@ -258,6 +271,9 @@ def _exported_at_once(parts: Parts, gathered: Gathered) -> int:
         return 0
     wanted = parts.counts.trained if parts.work.method.r else parts.work.shape.num_params
     return 2 * max(gathered.largest, parts.work.width * min(EXPORT_ELEMENTS, wanted))
+
+
+NOTHING_GATHERED = Gathered(forward=0, loss=0, backward=0, largest=0)
 
 
 def _loading(parts: Parts, gathered: Gathered) -> Held:

@@ -16,9 +16,9 @@ from launcher.plan.budget import MemoryPlan
 from launcher.plan.calibration import apply_calibration, find_calibration, find_rates
 from launcher.plan.deepspeed import choose_bucket, make_deepspeed_config
 from launcher.plan.layout import Layout, make_layout
-from launcher.plan.memory import Tracer, count_trainable, predict_memory
+from launcher.plan.memory import Tracer, count_trainable, hold_at_least, predict_memory
 from launcher.plan.shape import ModelShape, load_shape
-from launcher.plan.solve import Choice, Predict, Suggestion, apply_changes, choose, describe_choice, make_candidates, suggest_changes
+from launcher.plan.solve import Choice, Floor, Predict, Suggestion, apply_changes, choose, describe_choice, make_candidates, suggest_changes
 from launcher.plan.source import locate_model
 from launcher.recipe import Recipe
 
@@ -180,7 +180,9 @@ def make_choice(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Choice:
     candidates = make_candidates(recipe, shape, cluster, device, count_trainable(recipe, shape))
     if len(candidates) == 1:
         return Choice(taken=candidates[0], considered=(), total=1)
-    return choose(candidates, make_predictor(shape, cluster, replay=False), make_predictor(shape, cluster, replay=True))
+    budget = recipe.memory.budget_bytes
+    return choose(candidates, cluster.device_memory if budget is None else budget, make_floor(shape),
+                  make_predictor(shape, cluster, replay=False), make_predictor(shape, cluster, replay=True))  # fmt: skip
 
 
 def make_suggestions(plan: Plan) -> list[Suggestion]:
@@ -205,6 +207,15 @@ def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool, tracer:
         return apply_calibration(memory, measured, layout.workers_per_node) if measured else memory
 
     return predict
+
+
+def make_floor(shape: ModelShape) -> Floor:
+    """What tells the bytes that a recipe, its layout and its batch need whatever their activations are."""
+
+    def floor(recipe: Recipe, layout: Layout, batch: BatchPlan) -> int:
+        return hold_at_least(recipe, shape, layout, batch, deepspeed=configure_deepspeed(recipe, shape, layout, batch))
+
+    return floor
 
 
 def configure_deepspeed(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from launcher.cluster import Cluster
 from launcher.plan.batch import BatchPlan, list_micro_batches, make_batch
-from launcher.plan.budget import MemoryPlan, Verdict
+from launcher.plan.budget import VERDICTS, MemoryPlan, Verdict
 from launcher.plan.devices import Device
 from launcher.plan.layout import Layout, make_layout
 from launcher.plan.shape import ModelShape
@@ -24,7 +24,9 @@ from launcher.units import format_bytes
 Changes = dict[str, Any]
 """Recipe keys, dotted, with their values. `method` stands for the whole section."""
 Predict = Callable[[Recipe, Layout, BatchPlan], MemoryPlan]
-"""What a recipe needs; without the allocator's replay."""
+"""What a recipe needs."""
+Floor = Callable[[Recipe, Layout, BatchPlan], int]
+"""Bytes of a device that a recipe needs at least."""
 
 AUTO_STAGES = (1, 2, 3)
 """Stage 0 is left out: in bf16 DeepSpeed takes another optimizer path there, and the numbers drift."""
@@ -37,29 +39,36 @@ MOST_CONFIRMED = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A recipe that leaves nothing to choose. `memory` is None where nobody had to know."""
+    """A recipe that leaves nothing to choose, with what is known of its memory."""
 
     changes: Changes
     recipe: Recipe
     layout: Layout
     batch: BatchPlan
     step_s: float
+    floor: int = 0
+    """Bytes of a device that it needs whatever its activations are; 0 where nobody asked."""
     memory: MemoryPlan | None = None
+    """None where nobody had to know."""
     is_exact: bool = False
     """Whether `memory` is the exact prediction and not the quick one."""
 
     @property
     def verdict(self) -> Verdict | None:
-        return None if self.memory is None else self.memory.verdict
+        """The exact prediction's; of what was ruled out, what rules it out."""
+        if self.memory is None:
+            return "DOES NOT FIT" if self.floor else None
+        return self.memory.verdict if self.is_exact else self.memory.without_slack.verdict
 
     @property
     def excess(self) -> float:
-        """How far the need at P95 is above what there is, as a share; of device or host, whichever is worse."""
-        if self.memory is None:
+        """How far the need at P95 is above what there is, as a share; of device or host, whichever is worse. Never too much."""
+        memory = self.memory if self.memory is None or self.is_exact else self.memory.without_slack
+        if memory is None:
             return 0.0
-        shares = [self.memory.device("total").p95 / self.memory.budget]
-        if self.memory.host_budget:
-            shares.append(self.memory.host.p95 / self.memory.host_budget)
+        shares = [memory.device("total").p95 / memory.budget]
+        if memory.host_budget:
+            shares.append(memory.host.p95 / memory.host_budget)
         return max(shares) - 1.0
 
 
@@ -155,30 +164,51 @@ def _make_batch(recipe: Recipe, layout: Layout, micro: int) -> BatchPlan:
     )
 
 
-def choose(candidates: list[Candidate], predict: Predict, confirm: Predict) -> Choice:
-    """The fastest that fits; else the fastest that fits tightly; else the one that needs least.
+def choose(candidates: list[Candidate], budget: int, floor: Floor, predict: Predict, confirm: Predict) -> Choice:
+    """The fastest that fits; else the fastest that fits tightly; else the one that needs least. `confirm` has the last word on each.
 
-    Stops at the first that fits: what is slower is not looked at. `predict` may be the quick prediction; `confirm`,
-    the exact one, has the last word on what it lets through.
+    Most candidates are ruled out by less: `floor`, what they hold whatever their activations are, or `predict`, which
+    leaves out what the allocator adds. Neither is ever too high. Stops at the first that fits: what is slower is not looked at.
     """
-    looked_at: list[Candidate] = []
+    seen: list[Candidate] = []
     for candidate in candidates:
-        seen = _see(candidate, predict)
-        if seen.verdict == "FITS":
-            seen = replace(_see(candidate, confirm), is_exact=True)
-        looked_at.append(seen)
-        if seen.verdict == "FITS":
+        looked_at = replace(candidate, floor=floor(candidate.recipe, candidate.layout, candidate.batch))
+        if looked_at.floor <= budget:
+            looked_at = _confirm(_see(looked_at, predict), confirm, worst="FITS")
+        seen.append(looked_at)
+        if looked_at.verdict == "FITS":
+            return Choice(taken=looked_at, considered=tuple(seen), total=len(candidates))
+    for index, candidate in enumerate(seen):
+        seen[index] = candidate if candidate.memory is None else _confirm(candidate, confirm, worst="TIGHT")
+        if seen[index].verdict == "TIGHT":
+            return Choice(taken=seen[index], considered=tuple(seen), total=len(candidates))
+    return Choice(taken=_find_least(seen, budget, predict, confirm), considered=tuple(seen), total=len(candidates))
+
+
+def _confirm(candidate: Candidate, confirm: Predict, worst: Verdict) -> Candidate:
+    """Computed exactly, where its verdict may be `worst` or better."""
+    if candidate.is_exact or VERDICTS.index(candidate.verdict or "FITS") > VERDICTS.index(worst):
+        return candidate
+    return replace(_see(candidate, confirm), is_exact=True)
+
+
+def _find_least(seen: list[Candidate], budget: int, predict: Predict, confirm: Predict) -> Candidate:
+    """The one that is least above what there is. What is known of a candidate is never too much, so that most need no more than that."""
+    least: int | None = None
+
+    def rank(index: int) -> tuple[float, int]:
+        return max(seen[index].excess, seen[index].floor / budget - 1.0), seen[index].batch.micro_batch_size
+
+    for index in sorted(range(len(seen)), key=rank):
+        if least is not None and rank(index) >= rank(least):
             break
-    order = {"FITS": 0, "TIGHT": 1, "DOES NOT FIT": 2}
-    while True:
-        taken = min(
-            looked_at,
-            key=lambda c: (order[str(c.verdict)], c.excess if c.verdict == "DOES NOT FIT" else c.step_s, c.batch.micro_batch_size),
-        )
-        if taken.is_exact:
-            break
-        looked_at[looked_at.index(taken)] = replace(_see(taken, confirm), is_exact=True)
-    return Choice(taken=taken, considered=tuple(looked_at), total=len(candidates))
+        for look in (predict, confirm):
+            if not seen[index].is_exact and (least is None or rank(index) < rank(least)):
+                seen[index] = replace(_see(seen[index], look), is_exact=look is confirm)
+        if seen[index].is_exact and (least is None or rank(index) < rank(least)):
+            least = index
+    assert least is not None, "nothing to choose from"
+    return seen[least]
 
 
 def describe_choice(recipe: Recipe, choice: Choice) -> list[str]:
@@ -207,7 +237,7 @@ _WHY: dict[Verdict | None, str] = {
 
 def _fate(candidate: Candidate) -> str:
     if candidate.memory is None:
-        return "was not looked at"
+        return f"would need {format_bytes(candidate.floor)} before any activation"
     need, budget = candidate.memory.device("total").p95, candidate.memory.budget
     if need > budget or not candidate.memory.host_budget:
         return f"would need {format_bytes(need)} of {format_bytes(budget)}"
