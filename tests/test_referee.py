@@ -22,6 +22,7 @@ from launcher.plan.shape import shape_of_config
 from launcher.plan.step import run_step
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.train.encode import IGNORED
+from launcher.train.head import put_loss_into_head
 from launcher.train.loss import sum_kept_loss
 from launcher.train.trace import Trace, checkpoint_as_on, trace_step
 
@@ -60,6 +61,8 @@ def trace(kind: str, work: Workload, layers: int, keep: bool, changes: dict[str,
         for parameter in trained.parameters():
             parameter.data = parameter.data.to(DTYPES[work.width])
         trained.train()
+    if work.loss != "plain":
+        put_loss_into_head(model, work.loss)
     if work.checkpointing == "on":
         checkpoint_as_on(model, work.device)
     names = ("input_ids", "labels", "position_ids")
@@ -79,6 +82,16 @@ def assert_equal(kind: str, work: Workload, *, layers: int = 2, keep: bool = Tru
     peaks = {phase: peak for phase, (peak, _) in tape.peaks.items()}
     found = {"forward": max(peaks["forward"], peaks["loss"]), "backward": max(peaks["loss backward"], peaks.get("backward", 0))}
     assert found == {phase: traced.peaks[phase] for phase in found}
+
+
+@pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
+def test_chunked_loss(kind: str, method: MethodFacts, rows: int) -> None:
+    """Up to three chunks of rows; Gemma's head is its embedding."""
+    for checkpointing, keep in (("on", False), ("off", True)):
+        work = workload(kind, method=method, loss="chunked", checkpointing=checkpointing, micro_batch_size=rows)
+        assert_equal(kind, work, keep=keep)
 
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])

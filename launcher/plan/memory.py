@@ -84,8 +84,8 @@ def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
         width=DTYPE_BYTES[layout.dtype],
         device=layout.accelerator,
         attention=layout.attn_implementation,  # type: ignore[arg-type]
-        loss="plain",
-        checkpointing="on" if layout.gradient_checkpointing else "off",
+        loss=layout.loss,
+        checkpointing="offload" if layout.checkpoints_on_host else "on" if layout.gradient_checkpointing else "off",
         micro_batch_size=batch.micro_batch_size,
         seq_len=batch.seq_len,
         # The last position predicts nothing. Which others carry no loss is in the data, so all are counted.

@@ -8,7 +8,8 @@ from typing import Any
 
 from launcher.plan.decoder import Pass, decoder_layer, layer_type
 from launcher.plan.inventory import Config, head_dim
-from launcher.plan.operators import FP32, cast, cross_entropy, embed, gather_rows, linear, matmul, pointwise_of_result, rms_norm, scale
+from launcher.plan.losses import chunked_loss, liger_loss, project
+from launcher.plan.operators import FP32, cast, cross_entropy, embed, gather_rows, pointwise_of_result, rms_norm, scale
 from launcher.plan.shape import read_text_part
 from launcher.plan.tape import CHECKPOINTS, LOGITS, Parameter, Sink, Tape, Tensor, backward, checkpoint, counting_as, drop_gradient
 from launcher.plan.workload import Workload, build_block
@@ -134,20 +135,33 @@ def _make_tables(run: Pass) -> dict[str, tuple[Tensor, Tensor]]:
 
 def _loss(tape: Tape, work: Workload, config: Config, model: _Model, kept: Tensor) -> Tensor:
     """launcher.train.loss: the head on the columns that carry loss, cross-entropy in fp32, summed."""
+    if work.loss != "plain":
+        return _loss_of_head(tape, work, config, model, kept)
     logits = _logits(tape, work, config, model, kept)
     with counting_as(tape, LOGITS):
         rows = logits.count // config["vocab_size"]
         return cross_entropy(tape, cast(tape, logits, FP32), rows, tape.new(rows, 8))
 
 
+def _loss_of_head(tape: Tape, work: Workload, config: Config, model: _Model, kept: Tensor) -> Tensor:
+    """launcher.train.head: the head gives the loss in place of logits."""
+    targets = tape.new(work.loss_rows, 8)
+    hidden = _hidden_states(tape, work, config, model)
+    tape.enter("loss")
+    with counting_as(tape, LOGITS):
+        chosen = gather_rows(tape, hidden, work.loss_rows * config["hidden_size"], kept)
+        if work.loss == "chunked":
+            return chunked_loss(tape, chosen, model.head, config["hidden_size"], targets)
+        weight = model.head if isinstance(model.head, Parameter) else model.head.weight
+        return liger_loss(tape, chosen, weight, config["hidden_size"])
+
+
 def _logits(tape: Tape, work: Workload, config: Config, model: _Model, kept: Tensor) -> Tensor:
     hidden = _hidden_states(tape, work, config, model)
     tape.enter("loss")
     with counting_as(tape, LOGITS):
-        rows = (1 if work.attention == "flash_attention_2" else work.micro_batch_size) * work.loss_columns
-        chosen = gather_rows(tape, hidden, rows * config["hidden_size"], kept)
-        head = model.head
-        logits = matmul(tape, chosen, head, config["hidden_size"]) if isinstance(head, Parameter) else linear(tape, chosen, head)
+        chosen = gather_rows(tape, hidden, work.loss_rows * config["hidden_size"], kept)
+        logits = project(tape, chosen, model.head, config["hidden_size"])
         if config["model_type"] == "granite":
             return scale(tape, logits)
         if config.get("final_logit_softcapping") is not None:

@@ -58,6 +58,11 @@ class Workload:
     def tokens(self) -> int:
         return self.micro_batch_size * self.seq_len
 
+    @property
+    def loss_rows(self) -> int:
+        """Rows of logits."""
+        return (1 if self.attention == "flash_attention_2" else self.micro_batch_size) * self.loss_columns
+
 
 def build_block(work: Workload, block: Block, layer: int) -> dict[str, Any]:
     """A layer's weights by name within it: Linear for matrices (with bias and adapter), Parameter for all else."""
