@@ -410,7 +410,11 @@ def _check_parallel(parallel: Parallel) -> Iterator[Conflict]:
     if parallel.nvme_path and stage != 3:
         yield "parallel.nvme_path", f"needs ZeRO stage 3, and parallel.zero_stage is {stage}", "set parallel.zero_stage to 3, or drop it"
     elif parallel.nvme_path and parallel.offload != "auto" and not (parallel.offload_optimizer or parallel.offload_param):
-        yield "parallel.nvme_path", "nothing is offloaded that could be kept there", "set parallel.offload_optimizer or parallel.offload_param"
+        yield (
+            "parallel.nvme_path",
+            "nothing is offloaded that could be kept there",
+            "set parallel.offload_optimizer or parallel.offload_param",
+        )
     if parallel.leaf_modules is True and stage != 3:
         yield "parallel.leaf_modules", f"needs ZeRO stage 3, and parallel.zero_stage is {stage}", "drop it, or set parallel.zero_stage to 3"
 

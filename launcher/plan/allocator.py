@@ -59,7 +59,7 @@ class Allocator:
         size = -(-size // ROUND_TO) * ROUND_TO or ROUND_TO
         pool = self.small if size <= SMALL_LIMIT else self.large
         free = pool.free
-        index = bisect_left(free, (size,))  # type: ignore[arg-type]  # shorter than an entry, so before all of its size
+        index = bisect_left(free, (size,))
         block = free.pop(index)[3] if index < len(free) else self._grow(pool, size)
         left = block.size - size
         if left >= pool.least:
@@ -86,7 +86,7 @@ class Allocator:
         self.allocated -= size
         after, before = block.after, block.before
         if after is not None and after.free:
-            del free[bisect_left(free, (after.size, after.segment, after.offset))]  # type: ignore[arg-type]
+            del free[bisect_left(free, (after.size, after.segment, after.offset))]
             size += after.size
             block.size = size
             if pool.tail is after:
@@ -95,7 +95,7 @@ class Allocator:
             if after is not None:
                 after.before = block
         if before is not None and before.free:
-            del free[bisect_left(free, (before.size, before.segment, before.offset))]  # type: ignore[arg-type]
+            del free[bisect_left(free, (before.size, before.segment, before.offset))]
             size += before.size
             before.size = size
             if pool.tail is block:
@@ -121,7 +121,7 @@ class Allocator:
         page = SMALL_SEGMENT if pool.small else LARGE_SEGMENT
         tail = pool.tail
         if tail is not None and tail.free:
-            del pool.free[bisect_left(pool.free, (tail.size, tail.segment, tail.offset))]  # type: ignore[arg-type]
+            del pool.free[bisect_left(pool.free, (tail.size, tail.segment, tail.offset))]
             more = round_up(size - tail.size, page)
             tail.size += more
             self.reserved += more

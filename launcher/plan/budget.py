@@ -108,6 +108,8 @@ class DiskNeed:
     """As many as the run keeps, and the one being written."""
     export_bytes: int
     """The exported model or adapter."""
+    nvme_bytes: int = 0
+    """Offloaded states, on each machine's own NVMe disk."""
 
     @property
     def run_folder_bytes(self) -> int:
@@ -175,7 +177,8 @@ class MemoryPlan:
             "host": {"total_bytes": self.host.p50, "total_bytes_p95": self.host.p95, "budget_bytes": self.host_budget,
                      "decisive_phase": self.host_decisive.name, "phases": [_phase_dict(phase) for phase in self.host_phases]},
             "disk": {"checkpoint_bytes": self.disk.checkpoint_bytes, "kept_checkpoints_bytes": self.disk.kept_checkpoints_bytes,
-                     "export_bytes": self.disk.export_bytes, "run_folder_bytes": self.disk.run_folder_bytes},
+                     "export_bytes": self.disk.export_bytes, "run_folder_bytes": self.disk.run_folder_bytes,
+                     "nvme_bytes": self.disk.nvme_bytes},
             "network": {"bytes_a_step_a_rank": self.network_bytes},
             "phases": [_phase_dict(phase) for phase in self.phases],
             "notes": list(self.notes),
@@ -191,7 +194,7 @@ class MemoryPlan:
             phases=tuple(_read_phase(phase) for phase in facts["phases"]),
             host_phases=tuple(_read_phase(phase) for phase in facts["host"]["phases"]),
             disk=DiskNeed(checkpoint_bytes=disk["checkpoint_bytes"], kept_checkpoints_bytes=disk["kept_checkpoints_bytes"],
-                          export_bytes=disk["export_bytes"]),
+                          export_bytes=disk["export_bytes"], nvme_bytes=disk.get("nvme_bytes", 0)),
             network_bytes=facts["network"]["bytes_a_step_a_rank"],
             budget=facts["budget_bytes"],
             host_budget=facts["host"]["budget_bytes"],

@@ -54,19 +54,21 @@ def make_layout(recipe: Recipe, cluster: Cluster) -> tuple[Layout, list[str]]:
     dtype = _choose_dtype(recipe, cluster, notes)
     attention = recipe.model.attn_implementation
     if attention == "auto":
-        attention = "flash_attention_2" if cuda and dtype != "fp32" and _installed("flash_attn") else "sdpa"
+        attention = "flash_attention_2" if cuda and dtype != "fp32" and is_installed("flash_attn") else "sdpa"
         notes.append(f"attention: {attention}" + ("" if attention != "sdpa" or not cuda else " (flash_attn is not installed)"))
     elif attention == "flash_attention_2" and not cuda:
         raise RecipeError(
             [Fault("plan", "model.attn_implementation", "flash_attention_2 needs a GPU, and this cluster has none", "use auto")]
         )
     liger = recipe.model.liger_kernel
-    if liger is True and not (cuda and _installed("liger_kernel")):
+    if liger is True and not (cuda and is_installed("liger_kernel")):
         missing = "a GPU, and this cluster has none" if not cuda else "the package liger-kernel"
         raise RecipeError([Fault("plan", "model.liger_kernel", f"needs {missing}", "use auto")])
-    liger = cuda and liger is not False and _installed("liger_kernel")
+    liger = cuda and liger is not False and is_installed("liger_kernel")
     if recipe.model.loss == "liger" and not cuda:
-        raise RecipeError([Fault("plan", "model.loss", "liger needs a GPU, and this cluster has none", "use chunked, which takes as little")])
+        raise RecipeError(
+            [Fault("plan", "model.loss", "liger needs a GPU, and this cluster has none", "use chunked, which takes as little")]
+        )
     parallel, stage = recipe.parallel, recipe.parallel.zero_stage
     checkpointing = recipe.memory.gradient_checkpointing
     loss = recipe.model.loss
@@ -119,5 +121,5 @@ def _choose_dtype(recipe: Recipe, cluster: Cluster, notes: list[str]) -> Dtype:
     return chosen
 
 
-def _installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None

@@ -103,7 +103,7 @@ def make_sharding(layout: Layout, deepspeed: Mapping[str, Any]) -> Sharding:
         offload_optimizer=layout.offload_optimizer, offload_param=layout.offload_param,
         prefetch=zero.get("stage3_prefetch_bucket_size", 0), persistence=zero.get("stage3_param_persistence_threshold", 0),
         max_reuse=zero.get("stage3_max_reuse_distance", 0), sub_group=zero.get("sub_group_size", 1_000_000_000), zero_init=layout.zero_init,
-        leaf_modules=layout.leaf_modules,
+        leaf_modules=layout.leaf_modules, nvme=layout.nvme_path is not None,
     )  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def predict_memory(
     return MemoryPlan(
         phases=finished,
         host_phases=host,
-        disk=make_disk(recipe, shape, counts, work.width),
+        disk=make_disk(recipe, shape, counts, work.width, nvme=states.nvme * layout.workers_per_node),
         network_bytes=make_network(counts, sharding, work.width, batch.gradient_accumulation_steps),
         budget=budget if budget is not None else cluster.device_memory,
         host_budget=cluster.host_memory if cluster.host_memory > 1 else None,

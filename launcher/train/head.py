@@ -38,8 +38,8 @@ class LossHead(torch.nn.Linear):
     def _sum_chunks(self, hidden_RH: torch.Tensor, targets_R: torch.Tensor) -> torch.Tensor:
         """A chunk's logits go when its loss is there, and are made again for its backward."""
         total = hidden_RH.new_zeros((), dtype=torch.float32)
-        for hidden_CH, targets_C in zip(hidden_RH.split(LOSS_CHUNK), targets_R.split(LOSS_CHUNK), strict=True):
-            total = total + checkpoint(self._sum_chunk, hidden_CH, targets_C, use_reentrant=False)  # type: ignore[no-untyped-call]
+        for hidden_CH, targets_C in zip(torch.split(hidden_RH, LOSS_CHUNK), torch.split(targets_R, LOSS_CHUNK), strict=True):
+            total = total + checkpoint(self._sum_chunk, hidden_CH, targets_C, use_reentrant=False)
         return total
 
     def _sum_chunk(self, hidden_CH: torch.Tensor, targets_C: torch.Tensor) -> torch.Tensor:
