@@ -18,7 +18,7 @@ from launcher.plan.decoder import CLOSED_FORMS
 from launcher.plan.gathering import Gathered, gather
 from launcher.plan.host import make_disk, make_host_phases, make_network
 from launcher.plan.layout import Layout
-from launcher.plan.profile import Peak, StepProfile, profile_evaluation, profile_step
+from launcher.plan.profile import Peak, StepProfile, bound_step, profile_evaluation, profile_step
 from launcher.plan.shape import ModelShape
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
 from launcher.plan.timeline import Story, tell_step
@@ -134,7 +134,7 @@ def predict_memory(
     )  # fmt: skip
     notes: list[str] = []
     profile, acting = None, work
-    if not (shape.is_known and shape.model_type in CLOSED_FORMS):
+    if not has_closed_form(shape):
         profile = tracer(work, keep_gradients=sharding.stage < 2) if tracer is not None else None
         if profile is None:
             notes.append(
@@ -169,8 +169,13 @@ def predict_memory(
     )
 
 
+def has_closed_form(shape: ModelShape) -> bool:
+    """Whether the micro-step of this model is told exactly."""
+    return shape.is_known and shape.model_type in CLOSED_FORMS
+
+
 def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan, *, deepspeed: Mapping[str, Any]) -> int:
-    """Bytes of a device that the run needs whatever its activations are: what it holds, at the step and while it loads."""
+    """Bytes of a device that the run needs at least: what it holds, at the step, while it loads, and with activations that cannot be fewer."""
     work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     states = make_states(
         count_states(work), sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
@@ -179,7 +184,14 @@ def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
     parts = Parts(work, work, sharding, count_states(work), states, batch.gradient_accumulation_steps)
     held = states.weights + states.persistent + states.quant_state + states.adapters + states.master + states.optimizer
     loading = 0 if sharding.stage == 3 and sharding.zero_init else sum(c.bytes for c in _loading(parts, NOTHING_GATHERED))
-    return max(held + states.gradients, held + states.step_peak, loading)
+    several, two, three = (
+        batch.gradient_accumulation_steps > 1,
+        *(make_workload(recipe, shape, layout, replace(batch, micro_batch_size=m)) for m in (2, 3)),
+    )
+    step = (
+        bound_step(work, two, three, keep_gradients=parts.keeps, gradients_exist=parts.keeps and several) if has_closed_form(shape) else 0
+    )
+    return max(held + states.gradients + step, held + states.step_peak, loading)
 
 
 def as_llama(shape: ModelShape) -> ModelShape:

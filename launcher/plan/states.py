@@ -159,6 +159,11 @@ class States:
 
 def make_states(counts: Counts, sharding: Sharding, *, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int) -> States:
     """States of the rank that holds most."""
+    return _make_states(counts, sharding, width, optimizer, momentum, min(micro_steps, 2))  # the second micro-step is like all that follow
+
+
+@lru_cache(maxsize=512)
+def _make_states(counts: Counts, sharding: Sharding, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int) -> States:
     maker = {0: _replicated, 1: _partitioned, 2: _partitioned, 3: _sharded}[sharding.stage]
     return maker(counts, sharding, width, optimizer, momentum, micro_steps)
 

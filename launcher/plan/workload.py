@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launcher.plan.inventory import Block, Weight
-from launcher.plan.operators import Linear
+from launcher.plan.operators import DEQUANTISING_ROWS, Linear
 from launcher.plan.shape import ModelShape, adapter_rank, is_head, is_trained
 from launcher.plan.tape import Parameter
 
@@ -57,6 +57,11 @@ class Workload:
     @property
     def tokens(self) -> int:
         return self.micro_batch_size * self.seq_len
+
+    @property
+    def is_dequantised(self) -> bool:
+        """Whether a forward pass makes the dense weight of a 4-bit layer, as many rows have it."""
+        return self.method.bits == 4 and self.tokens > DEQUANTISING_ROWS
 
     @property
     def loss_rows(self) -> int:
