@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.plan.attention import Heads, eager, flash, sdpa
 from launcher.plan.experts import mixture
+from launcher.plan.fused import fused_gate
 from launcher.plan.inventory import Config, head_dim, is_sparse, kv_heads, num_experts
 from launcher.plan.operators import (
     FP32,
@@ -217,6 +218,11 @@ def _mlp_of(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
 
 
 def gated_mlp(tape: Tape, block: Block, name: str, hidden: Tensor) -> Tensor:
+    if tape.fused:
+        gate, up = linear(tape, hidden, block[f"{name}.gate_proj"]), linear(tape, hidden, block[f"{name}.up_proj"])
+        mixed = fused_gate(tape, gate, up)
+        del gate, up
+        return linear(tape, mixed, block[f"{name}.down_proj"])
     return linear(
         tape, mul(tape, pointwise(tape, linear(tape, hidden, block[f"{name}.gate_proj"])), linear(tape, hidden, block[f"{name}.up_proj"])),
         block[f"{name}.down_proj"],

@@ -15,13 +15,14 @@ from launcher.plan.allocator import replay as replay_allocator
 from launcher.plan.batch import BatchPlan
 from launcher.plan.budget import COMPONENTS, Component, FigureName, MemoryPlan, Phase, Provenance
 from launcher.plan.decoder import CLOSED_FORMS
+from launcher.plan.fused import FUSED
 from launcher.plan.gathering import Gathered, gather
 from launcher.plan.host import make_disk, make_host_phases, make_network
 from launcher.plan.layout import Layout
 from launcher.plan.profile import Peak, StepProfile, bound_step, profile_evaluation, profile_step
 from launcher.plan.shape import ModelShape
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
-from launcher.plan.timeline import Story, tell_step
+from launcher.plan.timeline import Event, Story, tell_step
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
 from launcher.units import DTYPE_BYTES, GIB, MIB
@@ -92,6 +93,7 @@ def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
         loss_columns=(batch.micro_batch_size * batch.seq_len if flat else batch.seq_len) - 1,
         # Padding is a sequence of its own (train/data.py), and needs the mask that packs do.
         packed=recipe.data.packing or batch.micro_batch_size > 1,
+        fused=layout.liger_kernel and shape.model_type in FUSED,
     )
 
 
@@ -309,6 +311,8 @@ def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, 
             for name, parts in phases.items()
         }
     least = max(sum(c.bytes for c in parts) for parts in phases.values())
+    beside = [sum(_reserve(events, mode) for events in story.side) for mode in (False, True)]
+    limit -= max(beside)
     within = limit if limit > least else None  # what cannot fit shows what it would take
     native, growing = (replay_allocator(story.events, expandable=mode, limit=within) for mode in (False, True))
     chosen = growing if expandable else native
@@ -317,13 +321,19 @@ def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, 
     for name, parts in phases.items():
         told = story.phase_of(name)
         reserved = chosen[told][0] if told in chosen else reserved
-        size = max(0, reserved - sum(c.bytes for c in parts))
+        aside = beside[expandable] if name not in ("load", "engine start") else 0
+        size = max(0, reserved + aside - sum(c.bytes for c in parts))
         # How far apart the allocator's two modes are says how much this depends on the order of events.
-        spread = max(0.02 * reserved, abs(native[told][0] - growing[told][0]) / 2 if told in native else 0)
+        spread = max(0.02 * reserved, abs(native[told][0] - growing[told][0] + beside[0] - beside[1]) / 2 if told in native else 0)
         if within is not None:  # near the limit torch gives cached segments back: slack alone does not pass it by more
             spread = min(spread, max(0.02 * reserved, within - reserved))
         slack[name] = part("allocator slack", size, "source", spread / size if size else 0.0, "reserved")
     return slack
+
+
+def _reserve(events: list[Event], expandable: bool) -> int:
+    """What a stream of its own reserves."""
+    return max((reserved for reserved, _ in replay_allocator(events, expandable=expandable).values()), default=0)
 
 
 def _finish(components: Held, slack: Component, layout: Layout, overheads: Overheads, sharding: Sharding) -> tuple[Component, ...]:

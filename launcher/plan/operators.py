@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from launcher.plan.fused import fused_rms_norm, fused_rotate
 from launcher.plan.tape import DEQUANTISED, Parameter, Storage, Tape, Tensor, counting_as
 
 FP32 = 4
@@ -324,6 +325,8 @@ def _product_8bit(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
 
 def rms_norm(tape: Tape, x: Tensor, weight: Parameter, *, style: str = "llama") -> Tensor:
     """llama: weight · cast back; late: weight in fp32, then cast back; gemma: (1 + weight) in fp32, then cast back."""
+    if tape.fused:
+        return fused_rms_norm(tape, x, weight)
     if style == "gemma":
         output = _normed(tape, cast(tape, x, FP32), weight.count)
         output = mul(tape, output, shift(tape, cast(tape, weight, FP32)))
@@ -372,6 +375,8 @@ def layer_norm(tape: Tape, x: Tensor, weight: Parameter | None, bias: Parameter 
 
 def rotate(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x · cos + rotate_half(x) · sin, the tables broadcast over heads; back in x's dtype where the tables are wider."""
+    if tape.fused:
+        return fused_rotate(tape, x, cos, sin)
     straight = _mul_table(tape, x, cos)
     half = x.count // 2
     first = part(tape, x, half)

@@ -38,10 +38,11 @@ Gradient = "Storage | None"
 class Tape:
     """The one who counts. `peaks` holds, phase by phase, the most that was live and how it was made up."""
 
-    __slots__ = ("accumulates_in_place", "events", "frame", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient", "on_host", "peaks", "phase",
+    __slots__ = ("accumulates_in_place", "events", "frame", "fused", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient", "on_host", "peaks", "phase",
                  "recomputing", "round_to", "sequence", "top")  # fmt: skip
 
-    def __init__(self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True) -> None:
+    def __init__(self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True, fused: bool = False) -> None:
+        self.fused = fused  # Liger's kernels in place of torch's
         self.now = self.on_host = 0
         self.live = [0] * len(KINDS)
         self.peaks: dict[str, tuple[int, list[int]]] = {}

@@ -53,6 +53,8 @@ class Workload:
     loss_columns: int
     packed: bool
     kernel_workspace: bool = True
+    fused: bool = False
+    """Liger's kernels for norms, rotary embeddings and gated MLPs."""
 
     @property
     def tokens(self) -> int:
