@@ -23,7 +23,7 @@ def run_step(
     accumulates_in_place: bool = True, train: bool = True, round_to: int | None = None,
 ) -> Tape:  # fmt: skip
     """The tape of one micro-step of the first `layers` layers (all unless told); an evaluation where it does not `train`."""
-    tape = Tape(record=record, accumulates_in_place=accumulates_in_place, fused=work.fused,
+    tape = Tape(record=record, accumulates_in_place=accumulates_in_place, fused=work.fused, reentrant=work.reentrant,
                 round_to=round_to or (512 if work.device == "cuda" else 64))  # fmt: skip
     if not keep_gradients or gradients_exist:
         tape.on_gradient = drop_gradient

@@ -55,6 +55,8 @@ class Workload:
     kernel_workspace: bool = True
     fused: bool = False
     """Liger's kernels for norms, rotary embeddings and gated MLPs."""
+    reentrant: bool = False
+    """Reentrant checkpointing, which other frameworks use."""
 
     @property
     def tokens(self) -> int:
