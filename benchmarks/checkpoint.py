@@ -1,10 +1,12 @@
-"""What a save costs: how long training waits for it, until it is durable, its bytes, and how long a load takes. Beside, on the
-same state in the same process: DeepSpeed's save_checkpoint and load_checkpoint, and torch's DCP async_save.
+"""What a save costs: how long training waits for it, what training loses until it is durable, its bytes, and how long a load
+takes. Beside, on the same state in the same process: DeepSpeed's save_checkpoint and load_checkpoint, and torch's DCP async_save.
 
-    python benchmarks/checkpoint.py 0.1 0.5        sizes of fp32 master and two moments, in GiB
+    python benchmarks/checkpoint.py 0.1 0.5        sizes of fp32 master and two moments, in GiB; rows of other sizes stay in the results
 
-One rank, CPU, ZeRO-2, AdamW, full fine-tuning of a random Llama in bf16. For ours and for DCP the wait is what is added to a training step
-by a save before it: staging overlaps the forward and backward pass, if it can. Each is written to `--folder` (a disk).
+One rank, CPU, ZeRO-2, AdamW, full fine-tuning of a random Llama in bf16. `stall_s` is how long the training thread waits; `lost_s` is
+what the steps from the save until it is durable took beyond what as many take without one, so it has the background work in it too.
+Each is written to `--folder` (a disk) and read back from the page cache. `share` is lost_s at the default cadence (save.every_minutes), of
+the wall time: computed, not waited for.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ GIB = 1 << 30
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sizes", type=float, nargs="*", default=[0.1, 0.5, 1.0, 2.0, 4.0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sizes", type=float, nargs="*", default=[0.1, 0.5, 1.0, 4.0])
     parser.add_argument("--folder", type=Path, default=None)
     args = parser.parse_args()
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
@@ -45,23 +47,23 @@ def main() -> None:
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-", dir=args.folder))
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False, verbose=False)
-    rows = []
     try:
         for size in args.sizes:
-            rows.append(measure(size, folder))
-            print(json.dumps(rows[-1], indent=2), flush=True)
+            row = measure(size, folder)
+            print(json.dumps(row, indent=2), flush=True)
+            write_row(row)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         deepspeed.comm.destroy_process_group()
+
+
+def write_row(row: dict[str, Any]) -> None:
+    """Into the results, in place of an earlier row of that size."""
     from launcher.versions import read_versions
 
-    facts = {
-        "machine": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg(),
-        "versions": read_versions(),
-        "rows": rows,
-    }
+    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = sorted([*(old for old in rows if old["asked_gib"] != row["asked_gib"]), row], key=lambda one: one["asked_gib"])
+    facts = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "versions": read_versions(), "rows": rows}
     RESULTS.write_text(json.dumps(facts, indent=2) + "\n")
 
 
@@ -94,17 +96,21 @@ def measure(size_gib: float, folder: Path) -> dict[str, Any]:
     step()
     plain = statistics.median(step() for _ in range(5))
     numel = sum(p.numel() for p in engine.module.parameters())
-    row: dict[str, Any] = {"size_gib": round(12 * numel / GIB, 3), "parameters": numel, "step_s": plain}
-    row["ours"] = measure_ours(plan, engine, step, place)
+    row: dict[str, Any] = {"asked_gib": size_gib, "size_gib": round(12 * numel / GIB, 3), "parameters": numel, "step_s": plain}
+    every_s = 60 * (plan.recipe.save.every_minutes or 10)
+    row["ours"] = measure_ours(plan, engine, step, plain, place)
     row["deepspeed"] = measure_deepspeed(engine, place / "deepspeed")
     row["dcp_async"] = measure_dcp(engine, step, plain, place)
+    for name in ("ours", "deepspeed", "dcp_async"):
+        row[name]["share"] = row[name]["lost_s"] / (every_s + row[name]["lost_s"])
     row["stall_over_deepspeed"] = row["ours"]["stall_s"] / row["deepspeed"]["stall_s"]
+    row["load"] = os.getloadavg()
     engine.destroy()
     shutil.rmtree(place)
     return row
 
 
-def measure_ours(plan: Any, engine: Any, step: Callable[..., float], place: Path) -> dict[str, float]:
+def measure_ours(plan: Any, engine: Any, step: Callable[..., float], plain: float, place: Path) -> dict[str, float]:
     from launcher.checkpoint.commit import load_commit
     from launcher.checkpoint.reshard import Reader
     from launcher.checkpoint.storage import open_storage
@@ -113,32 +119,44 @@ def measure_ours(plan: Any, engine: Any, step: Callable[..., float], place: Path
     from launcher.train.state import TrainState
 
     told: list[dict[str, Any]] = []
+    lost: list[float] = []
     storage = open_storage(plan.checkpoints)
     saver = Saver(plan, engine, storage, lease=None, identity={}, total_steps=99, best_weights=dict, report=told.append)
     for number in range(1, REPEATS + 1):
+        began, steps = time.perf_counter(), 0
         saver.after_step(TrainState(step=number), due=True, failed=False, last=False)
-        step(saver.settle)
-        while not saver._written.is_set() or (saver._thread is not None and saver._thread.is_alive()):
-            time.sleep(0.01)
+        while saver._thread is not None and saver._thread.is_alive():
+            step(saver.settle)
+            steps += 1
         saver.finish()
+        lost.append(time.perf_counter() - began - steps * plain)
     commit = load_commit(storage, REPEATS)
-    began = time.perf_counter()
-    put_fragments(engine, load_fragments(engine, Reader(storage, commit)), commit.scalars)
+    loads = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        put_fragments(engine, load_fragments(engine, Reader(storage, commit)), commit.scalars)
+        loads.append(time.perf_counter() - began)
     return {"stall_s": statistics.median(e["stall_s"] for e in told), "first_stall_s": told[0]["stall_s"],
-            "durable_s": statistics.median(e["write_s"] for e in told), "load_s": time.perf_counter() - began, "bytes": commit.num_bytes}  # fmt: skip
+            "lost_s": statistics.median(lost), "durable_s": statistics.median(e["write_s"] for e in told),
+            "load_s": statistics.median(loads), "bytes": commit.num_bytes}  # fmt: skip
 
 
 def measure_deepspeed(engine: Any, folder: Path) -> dict[str, float]:
-    saves = []
+    saves, loads = [], []
     for number in range(REPEATS):
         shutil.rmtree(folder, ignore_errors=True)
         began = time.perf_counter()
         engine.save_checkpoint(str(folder), tag=f"s{number}")
         saves.append(time.perf_counter() - began)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    began = time.perf_counter()
-    engine.load_checkpoint(str(folder))
-    return {"stall_s": statistics.median(saves), "load_s": time.perf_counter() - began, "bytes": size}
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        engine.load_checkpoint(str(folder))
+        loads.append(time.perf_counter() - began)
+    shutil.rmtree(folder)
+    stall = statistics.median(saves)
+    return {"stall_s": stall, "first_stall_s": saves[0], "lost_s": stall, "durable_s": stall, "load_s": statistics.median(loads),
+            "bytes": size}  # fmt: skip
 
 
 def measure_dcp(engine: Any, step: Callable[..., float], plain: float, place: Path) -> dict[str, float]:
@@ -148,27 +166,27 @@ def measure_dcp(engine: Any, step: Callable[..., float], plain: float, place: Pa
 
     sources, _ = list_sources(engine)
     state = {f"{source.kind}/{source.name}": source.tensor for source in sources}
-    stalls, durable = [], []
+    stalls, durable, lost, loads = [], [], [], []
     for number in range(REPEATS):
-        began = time.perf_counter()
+        began, steps = time.perf_counter(), 0
         saving = dcp.async_save(state, checkpoint_id=str(place / f"dcp-{number}"))
-        called = time.perf_counter() - began
-        step()
+        stalls.append(time.perf_counter() - began)
+        while not saving.done():
+            step()
+            steps += 1
         saving.result()
         durable.append(time.perf_counter() - began)
-        stalls.append(called)
+        lost.append(time.perf_counter() - began - steps * plain)
         if number:
             shutil.rmtree(place / f"dcp-{number - 1}")
     last = place / f"dcp-{REPEATS - 1}"
     size = sum(path.stat().st_size for path in last.rglob("*") if path.is_file())
-    began = time.perf_counter()
-    dcp.load(state, checkpoint_id=str(last))
-    return {
-        "stall_s": statistics.median(stalls),
-        "durable_s": statistics.median(durable),
-        "load_s": time.perf_counter() - began,
-        "bytes": size,
-    }
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        dcp.load(state, checkpoint_id=str(last))
+        loads.append(time.perf_counter() - began)
+    return {"stall_s": statistics.median(stalls), "first_stall_s": stalls[0], "lost_s": statistics.median(lost),
+            "durable_s": statistics.median(durable), "load_s": statistics.median(loads), "bytes": size}  # fmt: skip
 
 
 if __name__ == "__main__":

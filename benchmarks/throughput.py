@@ -1,11 +1,13 @@
 """Tokens a second and peak memory of this project's loop beside HF Trainer and TRL's SFTTrainer.
 
-    python benchmarks/throughput.py [--rounds 2] [--steps 5] [--only lora-zero3 ...] [--out FILE]
+    python benchmarks/throughput.py [--rounds 2] [--steps 5] [--only lora-zero3 ...] [--out FILE [--add]]
 
 All three train the same model (SmolLM2-135M) on the same samples of the quickstart's conversations, in the same order,
 with the same DeepSpeed config, two gloo ranks (one GPU rank where there is a GPU). Each measurement is a torchrun of its
-own; systems take turns within a round, so that a machine whose speed drifts does not favour one. Figures are medians of steps after
-the first, then over rounds; the tokens are those of the packs, padding left out.
+own; systems take turns within a round, so that a machine whose speed drifts does not favour one. Two speeds: `steady` is the median of the
+steps after the first, `run` is all the steps over all their time, the first included, in which DeepSpeed's ZeRO-3 records its trace of
+modules (and which is most of a short run). Medians over rounds, those of `--add`ed calls too; the tokens are those of the packs,
+padding left out.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -83,18 +86,20 @@ def measure(system: str, config: str, steps: int, out: Path) -> None:
         batches = list(opened)
         run = {"ours": run_ours, "hf": run_hf, "trl": run_trl}[system]
         ends, losses = run(plan, me, batches)
-        durations = [after - before for before, after in zip(ends, ends[1:], strict=False)]
-        tokens = [batch.num_tokens for batch in batches[1:]]
+        first, *later = [after - before for before, after in pairwise(ends)]
+        tokens = [batch.num_tokens for batch in batches]
         memory = torch.tensor(
             [read_peak_memory()], dtype=torch.float64, device=f"cuda:{me.local_rank}" if plan.layout.accelerator == "cuda" else "cpu"
         )
         dist.all_reduce(memory, op=dist.ReduceOp.MAX)
         if me.rank == 0:
-            speed = statistics.median(t / s for t, s in zip(tokens, durations, strict=True))
-            out.write_text(json.dumps({"tokens_per_s": speed, "peak_bytes": int(memory.item()), "losses": losses, "step_s": durations}))
+            steady = statistics.median(t / s for t, s in zip(tokens[1:], later, strict=True))
+            out.write_text(json.dumps({"tokens_per_s": steady, "run_tokens_per_s": sum(tokens) / (ends[-1] - ends[0]), "first_step_s": first,
+                                       "peak_bytes": int(memory.item()), "losses": losses, "step_s": later}))  # fmt: skip
 
 
 def run_ours(plan: Any, me: Any, batches: list[Any]) -> tuple[list[float], list[float]]:
+    """When the first step began and each step ended; the losses."""
     from launcher.checkpoint.storage import open_storage
     from launcher.train.loop import train
     from launcher.train.methods import apply_method
@@ -114,6 +119,7 @@ def run_ours(plan: Any, me: Any, batches: list[Any]) -> tuple[list[float], list[
     # total_steps is one that is not reached: HF's trainer and TRL's are told not to save their last step either.
     saver = Saver(plan, engine, open_storage(plan.checkpoints), lease=None, identity={}, total_steps=len(batches) + 1,
                   best_weights=dict, report=lambda event: None)  # fmt: skip
+    ends.append(time.perf_counter())
     train(engine, batches, TrainState(), total_steps=len(batches) + 1, samples_per_epoch=94, lr_at=lambda step: plan.recipe.optim.lr,
           evaluate=lambda state: state, is_over=lambda state: False, saver=saver, report=report, stop_asked=lambda: False)  # fmt: skip
     engine.destroy()
@@ -157,6 +163,9 @@ def run_trainer(
     ends: list[float] = []
 
     class Clock(TrainerCallback):  # type: ignore[misc]
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(time.perf_counter())
+
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             ends.append(time.perf_counter())
 
@@ -170,12 +179,14 @@ def run_trainer(
     return ends, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def run_all(rounds: int, steps: int, only: list[str], out: Path) -> None:
+def run_all(rounds: int, steps: int, only: list[str], out: Path, add: bool) -> None:
     from launcher.cluster import find_local_cluster
     from launcher.versions import read_versions
 
     cluster = find_local_cluster()
-    found: dict[str, dict[str, list[Any]]] = {config: {system: [] for system in SYSTEMS} for config in only}
+    found: dict[str, dict[str, list[Any]]] = json.loads(out.read_text())["runs"] if add and out.exists() else {}
+    for config in only:
+        found.setdefault(config, {system: [] for system in SYSTEMS})
     for round_number in range(rounds):
         for config in only:
             for system in SYSTEMS:
@@ -193,22 +204,25 @@ def run_all(rounds: int, steps: int, only: list[str], out: Path) -> None:
                         continue
                     found[config][system].append(json.loads(result.read_text()))
                     print(f"round {round_number + 1}  {config:17} {system:5} {found[config][system][-1]['tokens_per_s']:8.1f} tokens/s  "
+                          f"{found[config][system][-1]['run_tokens_per_s']:8.1f} with the first step  "
                           f"{found[config][system][-1]['peak_bytes'] / 2**30:5.2f} GiB", flush=True)  # fmt: skip
-        write_results(out, found, cluster, rounds, steps, read_versions())
+        write_results(out, found, cluster, steps, read_versions())
 
 
-def write_results(out: Path, found: dict[str, Any], cluster: Any, rounds: int, steps: int, versions: Any) -> None:
+def write_results(out: Path, found: dict[str, Any], cluster: Any, steps: int, versions: Any) -> None:
     table = {}
     for config, systems in found.items():
-        speed = {
-            s: statistics.median([r["tokens_per_s"] for r in runs if "tokens_per_s" in r] or [float("nan")]) for s, runs in systems.items()
-        }
+        steady, run = ({s: median_of(runs, key) for s, runs in systems.items()} for key in ("tokens_per_s", "run_tokens_per_s"))
         peak = {s: max([r["peak_bytes"] for r in runs if "peak_bytes" in r] or [0]) for s, runs in systems.items()}
         table[config] = {
-            "tokens_per_s": speed,
+            "rounds": len(systems["ours"]),
+            "tokens_per_s": steady,
+            "run_tokens_per_s": run,
             "peak_bytes": peak,
-            "over_hf": speed["ours"] / speed["hf"],
-            "over_trl": speed["ours"] / speed["trl"],
+            "over_hf": steady["ours"] / steady["hf"],
+            "over_trl": steady["ours"] / steady["trl"],
+            "run_over_hf": run["ours"] / run["hf"],
+            "run_over_trl": run["ours"] / run["trl"],
         }
     machine = {
         "cpu": platform.processor() or platform.machine(),
@@ -217,14 +231,15 @@ def write_results(out: Path, found: dict[str, Any], cluster: Any, rounds: int, s
         "ranks": cluster.workers_per_node,
     }
     facts = {"benchmark": "throughput", "date": time.strftime("%Y-%m-%d"), "machine": machine, "versions": versions,
-             "rounds": rounds, "steps": steps, "table": table, "runs": found}  # fmt: skip
+             "steps": steps, "table": table, "runs": found}  # fmt: skip
     out.write_text(json.dumps(facts, indent=1) + "\n")
     for config, row in table.items():
-        print(
-            f"{config:17} "
-            + "  ".join(f"{s} {row['tokens_per_s'][s]:.1f}" for s in SYSTEMS)
-            + f"  ×{row['over_hf']:.2f} HF  ×{row['over_trl']:.2f} TRL"
-        )
+        print(f"{config:17} " + "  ".join(f"{s} {row['tokens_per_s'][s]:.1f}" for s in SYSTEMS)
+              + f"  ×{row['over_hf']:.2f} HF  ×{row['over_trl']:.2f} TRL; with the first step ×{row['run_over_hf']:.2f}, ×{row['run_over_trl']:.2f}")  # fmt: skip
+
+
+def median_of(runs: list[dict[str, Any]], key: str) -> float:
+    return statistics.median([run[key] for run in runs if key in run] or [float("nan")])
 
 
 def main() -> None:
@@ -233,12 +248,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--only", nargs="+", choices=CONFIGS, default=list(CONFIGS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/throughput-cpu.json")
+    parser.add_argument("--add", action="store_true", help="keep the runs of FILE and add to them")
     parser.add_argument("--measure", nargs=2, metavar=("SYSTEM", "CONFIG"), help=argparse.SUPPRESS)
     words = parser.parse_args()
     if words.measure:
         measure(*words.measure, words.steps, words.out)
     else:
-        run_all(words.rounds, words.steps, words.only, words.out)
+        run_all(words.rounds, words.steps, words.only, words.out, words.add)
 
 
 if __name__ == "__main__":

@@ -263,9 +263,15 @@ class Save(Spec):
 
     @field_validator("storage")
     @classmethod
-    def _no_secrets(cls, value: str | None) -> str | None:
-        if value and "://" in value and "@" in value.split("://", 1)[1].split("/", 1)[0]:
+    def _check_url(cls, value: str | None) -> str | None:
+        if value is None or "://" not in value:
+            return value
+        scheme, _, place = value.partition("://")
+        bucket = place.partition("?")[0].partition("/")[0]
+        if "@" in bucket and not bucket.startswith("anonymous@"):
             raise ValueError("a URL with a name or a key in it would be written beside the run; set AWS_ACCESS_KEY_ID and its like instead")
+        if scheme != "file" and not bucket:
+            raise ValueError(f"{value} names no bucket; write {scheme}://BUCKET/FOLDER")
         return value
 
 

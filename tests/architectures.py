@@ -18,13 +18,14 @@ EXPERTS: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 48,
 }
-LATENT: dict[str, Any] = {**EXPERTS, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
+LATENT: dict[str, Any] = {**EXPERTS, "num_key_value_heads": 4, "q_lora_rank": 24, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16,
                           "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1}  # fmt: skip
 DECODERS: dict[str, dict[str, Any]] = {
     "llama": {}, "mistral": {"sliding_window": None}, "qwen2": {}, "qwen3": {}, "gemma": {}, "gemma2": {}, "gemma3_text": {}, "phi3": {},
     "smollm3": {}, "olmo2": {}, "granite": {}, "cohere": {}, "stablelm": {}, "starcoder2": {}, "mixtral": EXPERTS,
     "qwen2_moe": {**EXPERTS, "shared_expert_intermediate_size": 80}, "qwen3_moe": EXPERTS, "gpt_oss": EXPERTS, "deepseek_v2": LATENT,
     "deepseek_v3": LATENT, "llama4_text": {**EXPERTS, "intermediate_size_mlp": 112}, "phi": {}, "gpt2": {}, "gpt_neox": {},
+    "bert": {"architectures": ["BertLMHeadModel"]}, "roberta": {"architectures": ["RobertaForCausalLM"]},
 }  # fmt: skip
 
 

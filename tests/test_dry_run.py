@@ -6,8 +6,10 @@ import html.parser
 import io
 import json
 import re
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -257,3 +259,17 @@ def test_a_model_that_is_not_shipped_is_asked_of_the_hub_and_the_error_says_so(m
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     result = invoke("llama-3.1-8b-lora", "model.name_or_path=nobody/no-such-model", "--gpu", "h100", "--dry-run")
     assert result.exit_code == 8 and "nobody/no-such-model is neither a folder here nor reachable on the hub" in result.stderr
+
+
+def test_without_a_network_it_says_so_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """huggingface_hub would try six times, forty seconds long."""
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("it waits to try again"))
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    result = invoke("llama-3.1-8b-lora", "model.name_or_path=nobody/no-such-model", "--gpu", "h100", "--dry-run")
+    assert result.exit_code == 8 and "no network here" in result.stderr

@@ -136,6 +136,15 @@ def test_a_foreign_error_is_named_in_ours(foreign: Exception, kind: type[Launche
     assert caught.value.__cause__ is foreign
 
 
+def test_what_ran_out_of_memory_names_the_step_and_its_samples() -> None:
+    said = "at step 9, samples 5, 6, 7, 8, 9, 10, 11, 12 and 2 more were in it"
+    with pytest.raises(OutOfMemory, match=said), naming_foreign_errors(3, step=9, sample_ids=range(5, 15)):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes")
+    with pytest.raises(TrainingError) as caught, naming_foreign_errors(3, step=9, sample_ids=range(3)):
+        raise RuntimeError("Connection closed by peer")
+    assert "samples" not in caught.value.message
+
+
 def test_real_errors_of_the_libraries_have_the_names_the_table_knows() -> None:
     from huggingface_hub import errors as hub
     from safetensors import SafetensorError as RealSafetensorError

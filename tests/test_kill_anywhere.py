@@ -73,14 +73,14 @@ def run_and_kill(plan: Plan, victim: int, kill_at: int, meeting: Path) -> dict[i
     return operations
 
 
-def assert_killed_is_unbroken(two_ranks: Ranks, tiny: Path, tmp_path: Path, every: int) -> None:
+def assert_killed_is_unbroken(two_ranks: Ranks, tiny: Path, tmp_path: Path, first: int, every: int) -> None:
     case: dict[str, Any] = {"method": "lora", "dtype": "bf16", "save": {"every_steps": 2, "keep": 2}}
     straight = two_ranks.run(fine_tune, plan_case(tiny, tmp_path / "straight", 2, **case))[0]
     operations = run_and_kill(plan_case(tiny, tmp_path / "counted", 2, **case), -1, -1, tmp_path / "meeting-counted")
     points = [(rank, at) for rank in range(2) for at in range(operations[rank])]
     assert len(points) >= 1000
     begun = set()
-    for rank, at in points[::every]:
+    for rank, at in points[first::every]:
         run_dir = tmp_path / f"{rank}-{at}"
         run_and_kill(plan_case(tiny, run_dir, 2, **case), rank, at, tmp_path / f"meeting-{rank}-{at}")
         resumed = two_ranks.run(fine_tune, plan_case(tiny, run_dir, 2, **case))[0]
@@ -95,10 +95,11 @@ def assert_killed_is_unbroken(two_ranks: Ranks, tiny: Path, tmp_path: Path, ever
 
 @pytest.mark.timeout(300)
 def test_killed_at_some_points_of_training(two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
-    assert_killed_is_unbroken(two_ranks, tiny, tmp_path, every=137)
+    assert_killed_is_unbroken(two_ranks, tiny, tmp_path, first=0, every=137)
 
 
 @pytest.mark.checkpoints
-@pytest.mark.timeout(3600)
-def test_killed_at_a_hundred_points_of_training(two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
-    assert_killed_is_unbroken(two_ranks, tiny, tmp_path, every=10)
+@pytest.mark.parametrize("part", range(10))
+def test_killed_at_a_hundred_points_of_training(part: int, two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
+    """Every tenth operation, in ten parts of at least ten kills that each reach over the whole run and both ranks."""
+    assert_killed_is_unbroken(two_ranks, tiny, tmp_path, first=10 * part, every=100)

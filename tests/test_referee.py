@@ -13,20 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.nn.functional as F
-from architectures import build_decoder, config_of
+from architectures import config_of
 
 from launcher.plan.decoder import CLOSED_FORMS
 from launcher.plan.shape import shape_of_config
 from launcher.plan.step import run_step
 from launcher.plan.workload import MethodFacts, Workload
-from launcher.train.encode import IGNORED
-from launcher.train.head import put_loss_into_head
-from launcher.train.loss import sum_kept_loss
-from launcher.train.trace import Trace, checkpoint_as_on, trace_step
+from launcher.train.trace import trace_layers
 
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
 FULL = MethodFacts(trains="all")
 LORA = MethodFacts(trains="adapters", r=4)
 DROPPED = replace(LORA, dropout=0.1)
@@ -45,38 +39,8 @@ def workload(kind: str, layers: int = 2, changes: dict[str, Any] | None = None, 
     return Workload(shape=shape_of_config(json.loads(json.dumps(config)), Path("config.json")), **base | facts)
 
 
-def trace(kind: str, work: Workload, layers: int, keep: bool, changes: dict[str, Any] | None = None) -> Trace:
-    config = config_of(kind, num_hidden_layers=layers, **(changes or {}))
-    config._attn_implementation = work.attention
-    model = build_decoder(config).to(DTYPES[work.width]).train()
-    trained = model
-    if work.method.r:
-        from peft import LoraConfig, get_peft_model
-
-        targets = work.method.target_modules
-        lora = LoraConfig(task_type="CAUSAL_LM", r=work.method.r, lora_dropout=work.method.dropout,
-                          target_modules=targets if isinstance(targets, str) else list(targets))  # fmt: skip
-        with torch.device("meta"):
-            trained = get_peft_model(model, lora, autocast_adapter_dtype=False)
-        for parameter in trained.parameters():
-            parameter.data = parameter.data.to(DTYPES[work.width])
-        trained.train()
-    if work.loss != "plain":
-        put_loss_into_head(model, work.loss)
-    if work.checkpointing == "on":
-        checkpoint_as_on(model, work.device)
-    names = ("input_ids", "labels", "position_ids")
-    batch = {name: torch.zeros(work.micro_batch_size, work.seq_len, dtype=torch.long, device="meta") for name in names}
-
-    def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        targets_BS = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        return sum_kept_loss(model, batch, targets_BS, torch.zeros(work.loss_columns, dtype=torch.long, device="meta"))
-
-    return trace_step(trained, loss_of, batch, device=work.device, packed=work.packed, keep_gradients=keep)
-
-
 def assert_equal(kind: str, work: Workload, *, layers: int = 2, keep: bool = True, changes: dict[str, Any] | None = None) -> None:
-    traced = trace(kind, work, layers, keep, changes)
+    traced = trace_layers(work, layers, keep_gradients=keep)
     # torch adds meeting gradients in place, but not under the dispatch mode that traces.
     tape = run_step(work, keep_gradients=keep, accumulates_in_place=False, round_to=512)
     peaks = {phase: peak for phase, (peak, _) in tape.peaks.items()}

@@ -6,7 +6,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from launcher.checkpoint.commit import Commit, load_manifest
-from launcher.checkpoint.shard import DamagedCheckpoint, Fragment, read_elements
+from launcher.checkpoint.fetch import Wanted, fetch
+from launcher.checkpoint.shard import DTYPE_BYTES, DamagedCheckpoint, Fragment
 from launcher.checkpoint.storage import Storage
 
 
@@ -55,9 +56,16 @@ class Reader:
             raise DamagedCheckpoint(f"{self.commit.folder}: no shard holds {kind} of {name} from element {at:,} on")
         return found
 
+    def want(self, span: Span, target: memoryview) -> Wanted:
+        """A read of a span into `target`, in its fragment's dtype, for fetch()."""
+        file = f"{self.commit.folder}/{self.manifests[span.rank].file}"
+        return Wanted(file=file, fragment=span.fragment, start=span.start, stop=span.stop, target=target)
+
     def read(self, span: Span) -> memoryview:
         """The bytes of a span, in its fragment's dtype."""
-        return read_elements(self.storage, f"{self.commit.folder}/{self.manifests[span.rank].file}", span.fragment, span.start, span.stop)
+        target = memoryview(bytearray((span.stop - span.start) * DTYPE_BYTES[span.fragment.dtype]))
+        fetch(self.storage, [self.want(span, target)])
+        return target
 
     def find_own(self, rank: int, name: str, kind: str) -> Span | None:
         """The fragment of that name and kind in one rank's shard, whole."""

@@ -155,36 +155,3 @@ def read_manifest(data: bytes, name: str) -> Manifest:
         return Manifest(**facts, fragments=fragments)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedCheckpoint(f"{name} is no manifest ({type(error).__name__}: {error})") from None
-
-
-def read_elements(storage: Storage, file: str, fragment: Fragment, start: int, stop: int) -> memoryview:
-    """The bytes of elements [start, stop) of a fragment's parameter, checked. Raises DamagedCheckpoint."""
-    size = DTYPE_BYTES[fragment.dtype]
-    first, last = (start - fragment.start) * size, (stop - fragment.start) * size
-    begin = first // CHUNK_BYTES * CHUNK_BYTES
-    end = min(-(-last // CHUNK_BYTES) * CHUNK_BYTES, fragment.num_bytes)
-    try:
-        data = memoryview(storage.read(file, fragment.offset + begin, end - begin))
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{file} is missing") from None
-    for at in range(0, max(1, end - begin), CHUNK_BYTES):
-        chunk = (begin + at) // CHUNK_BYTES
-        if end > begin and hash_bytes(data[at : at + CHUNK_BYTES]) != fragment.hashes[chunk]:
-            raise DamagedCheckpoint(f"{file} was changed or cut off: {fragment.kind} of {fragment.name} does not match its hash")
-    return data[first - begin : last - begin]
-
-
-def check_shard(storage: Storage, folder: str, manifest: Manifest) -> None:
-    """Read a whole shard and check each byte of it. Raises DamagedCheckpoint."""
-    file = f"{folder}/{manifest.file}"
-    try:
-        size = storage.list(folder)[file]
-        header = storage.read(file, 0, manifest.header_bytes)
-    except (FileNotFoundError, KeyError):
-        raise DamagedCheckpoint(f"{file} is missing") from None
-    if size != manifest.num_bytes:
-        raise DamagedCheckpoint(f"{file} has {size:,} bytes, and {manifest.num_bytes:,} were written")
-    if hash_bytes(header) != manifest.header_hash:
-        raise DamagedCheckpoint(f"{file} was changed: its header does not match its hash")
-    for fragment in manifest.fragments:
-        read_elements(storage, file, fragment, fragment.start, fragment.start + fragment.length)

@@ -1,4 +1,4 @@
-"""Where checkpoints lie: a folder (local disk, NFS) or a URL (s3://, gs://), behind the same five verbs.
+"""Where checkpoints lie: a folder (local disk, NFS) or a URL (s3://, gs://), behind the same few verbs.
 
 A file appears whole or not at all: locally it is written beside its place, synced and renamed; an object
 store shows an object once its upload is complete. `watch` is called with a word before and after each
@@ -10,9 +10,9 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from launcher.errors import CheckpointError
 
@@ -32,6 +32,9 @@ class Storage(Protocol):
     def read(self, name: str, start: int = 0, length: int | None = None) -> bytes:
         """A file's bytes, or a range of them. Raises FileNotFoundError; a range past the end comes back short."""
 
+    def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> int:
+        """Fill buffers, one after the other, with the bytes from `start` on; returns how many there were. Raises FileNotFoundError."""
+
     def list(self, folder: str = "") -> dict[str, int]:
         """Names and sizes of all files below a folder; empty where there is no such folder."""
 
@@ -40,7 +43,7 @@ class Storage(Protocol):
 
 
 def open_storage(url: str, watch: Watch | None = None) -> Storage:
-    """The storage of a path or URL. Raises CheckpointError for a scheme that nothing here reads."""
+    """The storage of a path or URL. Raises CheckpointError for a scheme that nothing here reads, or a URL without a bucket."""
     watch = watch or _ignore
     if "://" not in url:
         return LocalStorage(Path(url), watch)
@@ -96,6 +99,12 @@ class LocalStorage:
         self._watch(f"read {len(data)} {name}")
         return data
 
+    def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> int:
+        with (self._root / name).open("rb") as file:
+            count = _read_all(file.fileno(), start, buffers)
+        self._watch(f"read {count} {name}")
+        return count
+
     def list(self, folder: str = "") -> dict[str, int]:
         found = {}
         for path in sorted((self._root / folder).rglob("*")):
@@ -125,6 +134,17 @@ def _write_all(file: int, part: bytes | memoryview) -> None:
         rest = rest[os.write(file, rest) :]
 
 
+def _read_all(file: int, start: int, buffers: Sequence[memoryview]) -> int:
+    rest, done = list(buffers), 0
+    while rest and (count := os.preadv(file, rest, start + done)):
+        done += count
+        while rest and count >= len(rest[0]):
+            count -= len(rest.pop(0))
+        if rest:
+            rest[0] = rest[0][count:]
+    return done
+
+
 def _sync_folder(folder: Path) -> None:
     """Makes a rename in a folder survive a power cut, where the file system lets folders be synced."""
     try:
@@ -138,6 +158,9 @@ def _sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+GCS_PATIENCE_S = 60
+
+
 class RemoteStorage:
     """A bucket, through pyarrow's file systems. Credentials come from where the provider's own tools read them."""
 
@@ -145,12 +168,13 @@ class RemoteStorage:
         from pyarrow import ArrowException
         from pyarrow.fs import FileSystem
 
+        scheme, _, place = url.partition("://")
+        if not place.partition("?")[0].partition("/")[0]:
+            raise CheckpointError(f"{url} names no bucket", f"write {scheme}://BUCKET/FOLDER")
         try:
-            self._fs, self._root = FileSystem.from_uri(url)
+            self._fs, self._root = FileSystem.from_uri(_limit_retries(url))
         except (ArrowException, ValueError, OSError) as error:
-            raise CheckpointError(
-                f"{url} cannot be reached: {_first_line(error)}", "write a path, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
-            ) from None
+            raise _make_error(url, error) from None
         self.url, self._watch = url, watch
 
     def write(self, name: str, parts: Iterable[bytes | memoryview]) -> None:
@@ -171,6 +195,15 @@ class RemoteStorage:
         self._watch(f"read {len(data)} {name}")
         return data
 
+    def read_into(self, name: str, start: int, buffers: Sequence[memoryview]) -> int:
+        data = memoryview(self.read(name, start, sum(map(len, buffers))))
+        done = 0
+        for buffer in buffers:
+            part = data[done : done + len(buffer)]
+            buffer[: len(part)] = part
+            done += len(part)
+        return done
+
     def list(self, folder: str = "") -> dict[str, int]:
         from pyarrow.fs import FileSelector, FileType
 
@@ -183,7 +216,7 @@ class RemoteStorage:
         from pyarrow.fs import FileType
 
         self._watch(f"before delete {name}")
-        with self._naming(name):
+        with self._naming(name), contextlib.suppress(FileNotFoundError):  # a folder in a bucket is only a name, and may be none
             kind = self._fs.get_file_info(self._path(name)).type
             if kind == FileType.Directory:
                 self._fs.delete_dir(self._path(name))
@@ -201,8 +234,38 @@ class RemoteStorage:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise OSError(f"{join_url(self.url, name)}: {_first_line(error)}") from error
+            raise _make_error(join_url(self.url, name), error) from error
 
 
-def _first_line(error: Any) -> str:
+REMEDIES = (
+    (("NO_SUCH_BUCKET", "NoSuchBucket"), "make the bucket first, or name one that is there"),
+    (("ACCESS_DENIED", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH", "INVALID_SIGNATURE", "MISSING_AUTHENTICATION_TOKEN",
+      "EXPIRED_TOKEN", "HTTP status 403", "FORBIDDEN"),
+     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or AWS_PROFILE) of someone who may list, read, write and delete there"),
+    (("PERMISSION_DENIED", "UNAUTHENTICATED", "credentials"),
+     "set GOOGLE_APPLICATION_CREDENTIALS, or run gcloud auth application-default login, as someone who may list, read, write and delete there"),
+    (("NETWORK_CONNECTION", "curlCode", "CURL error", "Retry policy exhausted", "resolve"),
+     "nothing answers there: check the network; a server of your own is named by AWS_ENDPOINT_URL, or ?endpoint_override=HOST:PORT in the URL"),
+)  # fmt: skip
+"""By what the AWS and Google libraries within pyarrow 26 say."""
+
+
+def _make_error(url: str, error: Exception) -> CheckpointError:
+    """What a bucket's library said, with the URL and what to do."""
+    text = str(error)
+    remedy = next(
+        (remedy for words, remedy in REMEDIES if any(word in text for word in words)),
+        "write a path, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER",
+    )
+    return CheckpointError(f"{url}: {_first_line(error)}", remedy)
+
+
+def _limit_retries(url: str) -> str:
+    """Google's library tries for a quarter of an hour unless told; a person waits at the other end."""
+    if not url.startswith(("gs://", "gcs://")) or "retry_limit_seconds=" in url:
+        return url
+    return f"{url}{'&' if '?' in url else '?'}retry_limit_seconds={GCS_PATIENCE_S}"
+
+
+def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launcher.checkpoint.commit import COMMIT, DAMAGED, Commit, list_steps, load_commit, load_manifest, step_folder
-from launcher.checkpoint.shard import DamagedCheckpoint, check_shard
+from launcher.checkpoint.fetch import check_fragments
+from launcher.checkpoint.shard import DamagedCheckpoint, Manifest, hash_bytes
 from launcher.checkpoint.storage import Storage
 
 Condition = Literal["committed", "unfinished", "damaged"]
@@ -65,3 +66,18 @@ def find_damage(storage: Storage, step: int) -> list[str]:
         except DamagedCheckpoint as error:
             damage.append(error.message)
     return damage
+
+
+def check_shard(storage: Storage, folder: str, manifest: Manifest) -> None:
+    """Read a whole shard and check each byte of it. Raises DamagedCheckpoint."""
+    file = f"{folder}/{manifest.file}"
+    try:
+        size = storage.list(folder)[file]
+        header = storage.read(file, 0, manifest.header_bytes)
+    except (FileNotFoundError, KeyError):
+        raise DamagedCheckpoint(f"{file} is missing") from None
+    if size != manifest.num_bytes:
+        raise DamagedCheckpoint(f"{file} has {size:,} bytes, and {manifest.num_bytes:,} were written")
+    if hash_bytes(header) != manifest.header_hash:
+        raise DamagedCheckpoint(f"{file} was changed: its header does not match its hash")
+    check_fragments(storage, file, manifest.fragments)

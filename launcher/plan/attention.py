@@ -7,8 +7,9 @@ bool mask into a bias of the query's dtype in each layer (sdp_utils, convert_boo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from launcher.plan.operators import FP32, cast, copy, dropout, pointwise_of_result, scale, shift
+from launcher.plan.operators import FP32, cast, copy, dropout, part, pointwise_of_result, scale, shift
 from launcher.plan.tape import Storage, Tape, Tensor
 
 
@@ -25,12 +26,18 @@ class Heads:
     value_width: int
     heads_first: bool = False
     """Queries and keys lie in memory head by head, not position by position."""
+    causal: bool = True
 
 
-def sdpa(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, *, device: str, workspace: bool) -> Tensor:
+def sdpa(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, *, device: str, workspace: bool, p: float = 0.0
+) -> Tensor:
     """F.scaled_dot_product_attention behind transformers' sdpa_attention_forward; the output is contiguous by rows."""
+    uneven = at.width != at.value_width
+    if device == "cpu" and ((p and tape.training) or uneven):  # the CPU's fused kernel knows neither
+        return _plain(tape, q, k, v, mask, at, p)
     if mask is None:
-        if device == "cuda" and q.width == FP32:
+        if device == "cuda" and (q.width == FP32 or uneven):
             return _kernel(tape, q, k, v, None, at, padded=32, seeds=2, workspace=workspace)
         out = _kernel(tape, q, k, v, None, at, padded=1, seeds=2 if device == "cuda" else 0, workspace=workspace)
         return copy(tape, out) if at.heads_first else out  # the output lies as the queries do
@@ -45,6 +52,28 @@ def _masked(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, at: Heads
         return _kernel(tape, q, k, v, tape.new(mask.count, q.width), at, padded=32, seeds=2, workspace=workspace)
     out = _kernel(tape, q, k, v, tape.new(mask.count, q.width), at, padded=1, seeds=0, workspace=False)
     return copy(tape, out) if at.heads_first else out
+
+
+def _plain(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, p: float) -> Tensor:
+    """aten's _scaled_dot_product_attention_math: everything in fp32, scores and all."""
+    bias = tape.new(mask.count, q.width) if mask is not None else None
+    query, key, value = cast(tape, q, FP32), cast(tape, k, FP32), cast(tape, v, FP32)
+    scaled = scale(tape, query)
+    if bias is None and at.causal:
+        lower = tape.new(at.queries * at.keys, 1)
+        lower = tape.new(at.queries * at.keys, 1)
+        bias = tape.new(at.queries * at.keys, FP32)
+        del lower
+    key, value = repeat_kv(tape, key, at), repeat_kv(tape, value, at)
+    scores = _scores(tape, scaled, scale(tape, key), at)
+    if bias is not None:
+        scores = shift(tape, scores) if not tape.accumulates_in_place else scores
+    scores = pointwise_of_result(tape, scores)
+    scores = dropout(tape, scores, p)
+    unused = cast(tape, scores, q.width)
+    out = cast(tape, _mix(tape, scores, value, at), q.width)
+    del unused
+    return copy(tape, out)
 
 
 def flash(tape: Tape, q: Tensor, k: Tensor, v: Tensor, at: Heads, *, workspace: bool) -> Tensor:
@@ -97,20 +126,68 @@ def repeat_kv(tape: Tape, x: Tensor, at: Heads) -> Tensor:
     return tape.record(x.count // at.kv_heads * at.heads, x.width, lambda grad: (tape.make(size),), x)
 
 
-def eager(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, *, p: float = 0.0, softcap: bool = False) -> Tensor:
-    """transformers' eager_attention_forward: scores of every query and key, softmax in fp32."""
+def eager(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, *, p: float = 0.0, softcap: bool = False, wide: bool = True
+) -> tuple[Tensor, Tensor]:
+    """transformers' eager_attention_forward: scores of every query and key, softmax in fp32 where it is `wide`. Its weights are given back too."""
     key, value = repeat_kv(tape, k, at), repeat_kv(tape, v, at)
     scores = scale(tape, _scores(tape, q, key, at))
     if softcap:
         scores = scale(tape, pointwise_of_result(tape, scale(tape, scores)))
     if mask is not None:
         scores = shift(tape, scores)
-    weights = cast(tape, pointwise_of_result(tape, cast(tape, scores, FP32)), q.width)
+    weights = cast(tape, pointwise_of_result(tape, cast(tape, scores, FP32 if wide else scores.width)), q.width)
     del scores
     weights = dropout(tape, weights, p)
     mixed = _mix(tape, weights, value, at)
     out = copy(tape, mixed)
-    return out
+    return out, weights
+
+
+def eager_with_sinks(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor, at: Heads
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """GPT-OSS: a column of sinks beside the scores, the row's largest taken off, softmax in the model's dtype."""
+    key, value = repeat_kv(tape, k, at), repeat_kv(tape, v, at)
+    scores = scale(tape, _scores(tape, q, key, at))
+    if mask is not None:
+        scores = shift(tape, scores)
+    rows = at.rows * at.heads * at.queries
+    column = Tensor(sinks.storage, rows, sinks.width, sinks.node)
+    joined = _join_column(tape, scores, column, sinks)
+    joined = _take_largest_off(tape, joined, rows)
+    weights = pointwise_of_result(tape, joined)
+    chosen = part(tape, weights, scores.count)
+    scores = chosen
+    out = copy(tape, batched_matmul(tape, chosen, value if at.kv_heads != at.heads else copy(tape, value), rows * at.value_width))
+    return out, weights
+
+
+def _join_column(tape: Tape, scores: Tensor, column: Tensor, sinks: Tensor) -> Tensor:
+    """cat; the column is a view of the sinks, whose gradient is summed."""
+    small = sinks.count * sinks.width
+    return tape.record(scores.count + column.count, scores.width, lambda grad: (grad, (grad, small)), scores, sinks)
+
+
+def _take_largest_off(tape: Tape, x: Tensor, rows: int) -> Tensor:
+    """x - x.max(): the place of the largest is kept."""
+    size = x.count * x.width
+    values, places = tape.new(rows, x.width), tape.new(rows, 8)
+    kept = tape.save(places) if x.node is not None else None
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        return (tape.make(size),)
+
+    largest = tape.attach(values, run, x)
+    small = rows * x.width
+
+    def back(grad: Storage) -> tuple[Any, Any]:
+        negated = tape.make(size)
+        return grad, (negated, small)
+
+    return tape.record(x.count, x.width, back, x, largest)
 
 
 def _scores(tape: Tape, q: Tensor, key: Tensor, at: Heads) -> Tensor:

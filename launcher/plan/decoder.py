@@ -5,80 +5,34 @@ What is written here decides what is live when: locals live until their function
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.plan.attention import Heads, eager, flash, sdpa
-from launcher.plan.experts import mixture
-from launcher.plan.fused import fused_gate
-from launcher.plan.inventory import Config, head_dim, is_sparse, kv_heads, num_experts
+from launcher.plan.attention import Heads, eager_with_sinks, flash
+from launcher.plan.experts import gated_mlp, mixture
+from launcher.plan.forward import Block, Pass, attend, layer_type, rotary_width, rotate_part, uses_rope
+from launcher.plan.inventory import head_dim, is_sparse, kv_heads
+from launcher.plan.latent import latent_attention, latent_mixture
+from launcher.plan.llama4 import llama4_attention, llama4_mixture, llama4_mlp
 from launcher.plan.operators import (
-    FP32,
     add,
     cast,
-    copy,
     join,
-    layer_norm,
     linear,
     mul,
+    mul_table,
     part,
     pointwise,
-    pointwise_of_result,
     rms_norm,
     rotate,
     scale,
     split,
+    subtract,
 )  # fmt: skip
 from launcher.plan.tape import Tape, Tensor
-from launcher.plan.workload import Workload
 
 CLOSED_FORMS = frozenset({"llama", "mistral", "ministral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "smollm3", "olmo2", "granite",
-                          "mixtral", "qwen3_moe"})  # fmt: skip
+                          "mixtral", "qwen3_moe", "bert", "roberta", "gpt2", "gpt_neox", "phi", "qwen2_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "llama4_text"})  # fmt: skip
 """Model types whose forward and backward are told exactly here; tests/test_referee.py holds each to a trace."""
-
-Block = dict[str, Any]
-
-
-@dataclass(slots=True)
-class Pass:
-    """One forward pass: the tape, and what all layers are handed."""
-
-    tape: Tape
-    work: Workload
-    config: Config
-    tables: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    masks: dict[str, Tensor | None] = field(default_factory=dict)
-
-    def for_layer(self, layer: int) -> Pass:
-        """With the layer's own mask and tables alone: what a checkpoint of it keeps."""
-        kind = layer_type(self.config, layer)
-        tables = {name: pair for name, pair in self.tables.items() if name in ("", kind)}
-        return Pass(self.tape, self.work, self.config, tables, {kind: self.masks[kind]})
-
-    @property
-    def rows(self) -> int:
-        return 1 if self.is_flat else self.work.micro_batch_size
-
-    @property
-    def columns(self) -> int:
-        return self.work.tokens if self.is_flat else self.work.seq_len
-
-    @property
-    def is_flat(self) -> bool:
-        return self.work.attention == "flash_attention_2"
-
-
-def layer_type(config: Config, layer: int) -> str:
-    """full_attention or sliding_attention (configuration_*.py where config.json does not list them)."""
-    listed = config.get("layer_types")
-    if listed:
-        return str(listed[layer])
-    kind = config["model_type"]
-    if kind == "gemma2" or kind == "gpt_oss":
-        return "sliding_attention" if (layer + 1) % 2 else "full_attention"
-    if kind == "gemma3_text":
-        return "sliding_attention" if (layer + 1) % config.get("sliding_window_pattern", 6) else "full_attention"
-    return "full_attention"
 
 
 def decoder_layer(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
@@ -91,11 +45,13 @@ def decoder_layer(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor
     residual = hidden
     states = _norm(run, hidden, block["input_layernorm"])
     states = attention(run, block, layer, states)
+    attended = states if kind == "llama4_text" else None  # a name of its own there
     states = add(tape, residual, _scaled(run, states))
     residual = states
     states = _norm(run, states, block["post_attention_layernorm"])
     states = _mlp_of(run, block, layer, states)
     states = add(tape, residual, _scaled(run, states))
+    del attended
     return states
 
 
@@ -133,7 +89,8 @@ def _post_norm_layer(run: Pass, block: Block, layer: int, hidden: Tensor) -> Ten
     return states
 
 
-NORM_STYLES = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gpt_oss": "late", "olmo2": "late"}
+LATENT = frozenset({"deepseek_v2", "deepseek_v3"})
+NORM_STYLES = {"gemma": "gemma", "gemma2": "gemma", "gemma3_text": "gemma", "gpt_oss": "late", "olmo2": "late", "llama4_text": "l2"}
 
 
 def _norm(run: Pass, x: Tensor, weight: Any) -> Tensor:
@@ -145,6 +102,12 @@ def attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
     tape, config = run.tape, run.config
     kind, width = config["model_type"], head_dim(config)
     heads, keys = config["num_attention_heads"], kv_heads(config)
+    if kind == "llama4_text":
+        return llama4_attention(run, block, layer, hidden)
+    if kind in LATENT:
+        return latent_attention(run, block, hidden)
+    if kind == "gpt_oss":
+        return _gpt_oss_attention(run, block, layer, hidden)
     if kind == "phi3":
         qkv = linear(tape, hidden, block["self_attn.qkv_proj"])
         tokens = qkv.count // ((heads + 2 * keys) * width)
@@ -152,9 +115,10 @@ def attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
     else:
         query, key, value = _project(run, block, hidden)
     cos, sin = run.tables[layer_type(config, layer) if kind == "gemma3_text" else ""]
-    if not (kind == "smollm3" and not _uses_rope(config, layer)):
+    if not (kind == "smollm3" and not uses_rope(config, layer)):
         if kind == "phi3":
-            query, key = _rotate_part(tape, query, cos, sin), _rotate_part(tape, key, cos, sin)
+            turning = rotary_width(config)
+            query, key = rotate_part(tape, query, cos, sin, width, turning), rotate_part(tape, key, cos, sin, width, turning)
         else:
             turned = rotate(tape, query, cos, sin)
             query, key = cast(tape, turned, query.width), cast(tape, rotate(tape, key, cos, sin), key.width)
@@ -163,6 +127,30 @@ def attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
                heads_first=kind == "phi3")  # fmt: skip
     mixed = attend(run, query, key, value, run.masks[layer_type(config, layer)], at)
     return linear(tape, mixed, block["self_attn.o_proj"])
+
+
+def _gpt_oss_attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
+    """Halves of a head turned by tables of half its width; a sink for each head beside the scores."""
+    tape, config = run.tape, run.config
+    query, key, value = (linear(tape, hidden, block[f"self_attn.{name}_proj"]) for name in ("q", "k", "v"))
+    cos, sin = run.tables[""]
+    turned = _rotate_halves(tape, query, cos, sin)
+    query, key = turned, _rotate_halves(tape, key, cos, sin)
+    del turned
+    at = Heads(rows=run.rows, queries=run.columns, keys=run.columns, heads=config["num_attention_heads"], kv_heads=kv_heads(config),
+               width=head_dim(config), value_width=head_dim(config), heads_first=True)  # fmt: skip
+    if run.work.attention == "flash_attention_2":
+        mixed = flash(tape, query, key, value, at, workspace=run.work.kernel_workspace)
+    else:
+        mixed, run.weights = eager_with_sinks(tape, query, key, value, run.masks[layer_type(config, layer)], block["self_attn.sinks"], at)
+    return linear(tape, mixed, block["self_attn.o_proj"])
+
+
+def _rotate_halves(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    first, second = split(tape, x, (x.count // 2, x.count // 2))
+    lower = subtract(tape, mul_table(tape, first, cos), mul_table(tape, second, sin))
+    upper = add(tape, mul_table(tape, second, cos), mul_table(tape, first, sin))
+    return join(tape, lower, upper)
 
 
 def _project(run: Pass, block: Block, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -179,35 +167,12 @@ def _project(run: Pass, block: Block, hidden: Tensor) -> tuple[Tensor, Tensor, T
     return query, key, value
 
 
-def _uses_rope(config: Config, layer: int) -> bool:
-    listed = config.get("no_rope_layers")
-    return bool(listed[layer]) if listed else (layer + 1) % config.get("no_rope_layer_interval", 4) != 0
-
-
-def _rotate_part(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Phi-3: part of a head's width is turned, the rest joined to it (also where there is no rest)."""
-    turned_count = x.count
-    turned, passed = part(tape, x, turned_count), part(tape, x, 0)
-    return join(tape, rotate(tape, turned, cos, sin), passed)
-
-
-def attend(run: Pass, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, at: Heads) -> Tensor:
-    """The attention kernel of the run."""
-    work = run.work
-    if work.attention == "eager":
-        softcap = run.config.get("attn_logit_softcapping") is not None and run.config["model_type"] == "gemma2"
-        return eager(run.tape, query, key, value, mask, at, p=float(run.config.get("attention_dropout") or 0.0), softcap=softcap)
-    if work.attention == "flash_attention_2":
-        return flash(run.tape, query, key, value, at, workspace=work.kernel_workspace)
-    return sdpa(run.tape, query, key, value, mask, at, device=work.device, workspace=work.kernel_workspace)
-
-
 def _mlp_of(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
+    if run.config["model_type"] == "llama4_text":
+        return llama4_mixture(run, block, hidden) if is_sparse(run.config, layer) else llama4_mlp(run.tape, block, "feed_forward", hidden)
     if is_sparse(run.config, layer):
-        c = run.config
-        mixtral = c["model_type"] == "mixtral"
-        return mixture(run.tape, block, hidden, experts=num_experts(c), top_k=c["num_experts_per_tok"], width=c["hidden_size"],
-                       normalised=mixtral or bool(c.get("norm_topk_prob")), wide=mixtral)  # fmt: skip
+        latent = run.config["model_type"] in LATENT
+        return (latent_mixture if latent else mixture)(run.tape, run.config, block, hidden)
     tape = run.tape
     if run.config["model_type"] == "phi3":
         both = linear(tape, hidden, block["mlp.gate_up_proj"])
@@ -215,19 +180,3 @@ def _mlp_of(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
         up = mul(tape, up, pointwise(tape, gate))
         return linear(tape, up, block["mlp.down_proj"])
     return gated_mlp(tape, block, "mlp", hidden)
-
-
-def gated_mlp(tape: Tape, block: Block, name: str, hidden: Tensor) -> Tensor:
-    if tape.fused:
-        gate, up = linear(tape, hidden, block[f"{name}.gate_proj"]), linear(tape, hidden, block[f"{name}.up_proj"])
-        mixed = fused_gate(tape, gate, up)
-        del gate, up
-        return linear(tape, mixed, block[f"{name}.down_proj"])
-    return linear(
-        tape, mul(tape, pointwise(tape, linear(tape, hidden, block[f"{name}.gate_proj"])), linear(tape, hidden, block[f"{name}.up_proj"])),
-        block[f"{name}.down_proj"],
-    )  # fmt: skip
-
-
-__all__ = ["CLOSED_FORMS", "FP32", "Pass", "attend", "attention", "cast", "copy", "decoder_layer", "gated_mlp", "layer_norm", "layer_type",
-           "pointwise_of_result"]  # fmt: skip

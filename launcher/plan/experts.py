@@ -2,22 +2,78 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from launcher.plan.operators import FP32, cast, gather_rows, matmul, mul, pointwise, pointwise_of_result, split
+from launcher.plan.fused import fused_gate
+from launcher.plan.inventory import Config, num_experts
+from launcher.plan.operators import (
+    FP32,
+    add,
+    cast,
+    clamp,
+    gather_rows,
+    linear,
+    matmul,
+    mul,
+    part,
+    pointwise,
+    pointwise_of_result,
+    scale,
+    shift,
+    split,
+)  # fmt: skip
 from launcher.plan.tape import Parameter, Storage, Tape, Tensor
 
 INT64, INT32 = 8, 4
 
 
-def mixture(
-    tape: Tape, block: dict[str, Any], hidden: Tensor, *, experts: int, top_k: int, width: int, normalised: bool, wide: bool
-) -> Tensor:
-    """Router and experts of Mixtral and Qwen3-MoE; `width` is the hidden size. `wide`: the routing weights stay in fp32."""
-    logits, weights, chosen = _route(tape, hidden, block["mlp.gate"], experts, top_k, width, normalised, wide)
-    out = _run_experts(tape, block, hidden, chosen, weights, experts, top_k, width)
+def mixture(tape: Tape, config: Config, block: dict[str, Any], hidden: Tensor) -> Tensor:
+    """Router and experts of a layer."""
+    kind = config["model_type"]
+    experts, top_k, width = num_experts(config), config["num_experts_per_tok"], config["hidden_size"]
+    if kind == "gpt_oss":
+        logits, weights, chosen = _route_gpt_oss(tape, hidden, block, experts, top_k, width)
+        out = run_experts(tape, block, hidden, chosen, weights, experts, top_k, width, gate=_gate_gpt_oss)
+        del logits
+        return out
+    shared = gated_mlp(tape, block, "mlp.shared_expert", hidden) if kind == "qwen2_moe" else None
+    normalised = kind == "mixtral" or bool(config.get("norm_topk_prob"))
+    logits, weights, chosen = _route(tape, hidden, block["mlp.gate"], experts, top_k, width, normalised, wide=kind == "mixtral")
+    out = run_experts(tape, block, hidden, chosen, weights, experts, top_k, width)
+    if shared is not None:
+        shared = mul(tape, pointwise_of_result(tape, linear(tape, hidden, block["mlp.shared_expert_gate"])), shared)
+        out = add(tape, out, shared)
     del logits
     return out
+
+
+def gated_mlp(tape: Tape, block: dict[str, Any], name: str, hidden: Tensor) -> Tensor:
+    if tape.fused:
+        gate, up = linear(tape, hidden, block[f"{name}.gate_proj"]), linear(tape, hidden, block[f"{name}.up_proj"])
+        mixed = fused_gate(tape, gate, up)
+        del gate, up
+        return linear(tape, mixed, block[f"{name}.down_proj"])
+    return linear(
+        tape, mul(tape, pointwise(tape, linear(tape, hidden, block[f"{name}.gate_proj"])), linear(tape, hidden, block[f"{name}.up_proj"])),
+        block[f"{name}.down_proj"],
+    )  # fmt: skip
+
+
+def _route_gpt_oss(
+    tape: Tape, hidden: Tensor, block: dict[str, Any], experts: int, top_k: int, width: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    logits = matmul(tape, hidden, block["mlp.router"], width, block["mlp.router.bias"])
+    values, chosen = take_top(tape, logits, logits.count // experts * top_k)
+    return logits, pointwise_of_result(tape, values), chosen
+
+
+def _gate_gpt_oss(tape: Tape, both: Tensor) -> Tensor:
+    gate, up = part(tape, both, both.count // 2), part(tape, both, both.count // 2)
+    gate = clamp(tape, gate, sides=1)
+    up = clamp(tape, up, sides=2)
+    glu = mul(tape, gate, pointwise_of_result(tape, scale(tape, gate)))
+    return mul(tape, shift(tape, up), glu)
 
 
 def _route(
@@ -25,17 +81,19 @@ def _route(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     logits = matmul(tape, hidden, gate, width)
     probabilities = pointwise_of_result(tape, cast(tape, logits, FP32))
-    values, chosen = _top_k(tape, probabilities, logits.count // experts * top_k)
+    values, chosen = take_top(tape, probabilities, logits.count // experts * top_k)
     if normalised:
-        values = _normalise(tape, values, logits.count // experts)
+        values, _ = divide_by_sum(tape, values, logits.count // experts)
     if not wide:
         values = cast(tape, values, hidden.width)
     return logits, values, chosen
 
 
-def _normalise(tape: Tape, values: Tensor, tokens: int) -> Tensor:
-    """`values /= values.sum()`: in place, so that what was there is copied for the backward."""
+def divide_by_sum(tape: Tape, values: Tensor, tokens: int, *, shifted: bool = False) -> tuple[Tensor, Tensor]:
+    """`values /= values.sum()`: in place, so that what was there is copied for the backward. The sum too (`shifted`: plus a little)."""
     total = tape.record(tokens, FP32, lambda grad: (grad,), values)
+    if shifted:
+        total = shift(tape, total)
     kept_total = tape.save(total) if values.node is not None else None
     kept_values = tape.save(tape.new(values.count, FP32)) if values.node is not None else None
     size, small = values.count * FP32, tokens * FP32
@@ -51,10 +109,10 @@ def _normalise(tape: Tape, values: Tensor, tokens: int) -> Tensor:
         del of_total
         return made, summed
 
-    return tape.attach(Tensor(values.storage, values.count, FP32), run, values, total)
+    return tape.attach(Tensor(values.storage, values.count, FP32), run, values, total), total
 
 
-def _top_k(tape: Tape, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def take_top(tape: Tape, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     out = tape.new(count, x.width)
     chosen = tape.new(count, INT64)
     kept = tape.save(chosen) if x.node is not None else None
@@ -71,8 +129,14 @@ def _top_k(tape: Tape, x: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return tape.attach(out, run, x), chosen
 
 
-def _run_experts(
-    tape: Tape, block: dict[str, Any], hidden: Tensor, chosen: Tensor, weights: Tensor, experts: int, top_k: int, width: int
+def _gate(tape: Tape, both: Tensor) -> Tensor:
+    gate, up = split(tape, both, (both.count // 2, both.count // 2))
+    return mul(tape, pointwise(tape, gate), up)
+
+
+def run_experts(
+    tape: Tape, block: dict[str, Any], hidden: Tensor, chosen: Tensor, weights: Tensor, experts: int, top_k: int, width: int,
+    gate: Callable[[Tape, Tensor], Tensor] = _gate,
 ) -> Tensor:  # fmt: skip
     """Tokens sorted by expert, two grouped products, weighed, put back in order and summed."""
     up, down = _fold(tape, block, "mlp.experts.gate_up_proj", experts), _fold(tape, block, "mlp.experts.down_proj", experts)
@@ -84,9 +148,12 @@ def _run_experts(
     weighing = gather_rows(tape, weights, pairs, order)
     ids, counted = tape.new(pairs, INT32), tape.new(experts, INT32)
     offsets = tape.new(experts, INT32)
-    made = _grouped(tape, selected, up, offsets, pairs * (up.count // experts // width))
-    made = _gate(tape, made)
-    made = _grouped(tape, made, down, offsets, pairs * width)
+    inner = pairs * (up.count // experts // width)
+    bias = _pick_biases(tape, block, "mlp.experts.gate_up_proj_bias", inner, sorted_ids)
+    made = _add_biases(tape, _grouped(tape, selected, up, offsets, inner), bias)
+    made = gate(tape, made)
+    bias = _pick_biases(tape, block, "mlp.experts.down_proj_bias", pairs * width, sorted_ids)
+    made = _add_biases(tape, _grouped(tape, made, down, offsets, pairs * width), bias)
     weighed = mul(tape, made, weighing)
     back = tape.new(pairs, INT64)
     tape.new(pairs, INT64)
@@ -97,9 +164,16 @@ def _run_experts(
     return out
 
 
-def _gate(tape: Tape, both: Tensor) -> Tensor:
-    gate, up = split(tape, both, (both.count // 2, both.count // 2))
-    return mul(tape, pointwise(tape, gate), up)
+def _pick_biases(tape: Tape, block: dict[str, Any], name: str, count: int, ids: Tensor) -> Tensor | None:
+    """A row for each token and expert, where experts have biases."""
+    return gather_rows(tape, block[name], count, ids) if name in block else None
+
+
+def _add_biases(tape: Tape, x: Tensor, bias: Tensor | None) -> Tensor:
+    """In place."""
+    if bias is None:
+        return x
+    return tape.attach(Tensor(x.storage, x.count, x.width), lambda grad: (grad, grad), x, bias)
 
 
 def _fold(tape: Tape, block: dict[str, Any], name: str, experts: int) -> Tensor:

@@ -258,6 +258,9 @@ def _phi(c: Config) -> Inventory:
     layer = (*linear("self_attn.q_proj", hidden, hidden, True), *linear("self_attn.k_proj", hidden, key, True),
              *linear("self_attn.v_proj", hidden, key, True), *linear("self_attn.dense", hidden, hidden, True),
              *linear("mlp.fc1", hidden, inner, True), *linear("mlp.fc2", inner, hidden, True), *vector("input_layernorm", hidden, True))  # fmt: skip
+    if c.get("qk_layernorm"):
+        width = hidden // c["num_attention_heads"]
+        layer += (*vector("self_attn.q_layernorm", width, True), *vector("self_attn.k_layernorm", width, True))
     return (Block("model.", table("embed_tokens", vocab, hidden)), Block("model.layers.{}.", layer, tuple(range(c["num_hidden_layers"]))),
             Block("model.", vector("final_layernorm", hidden, True)), Block("", linear("lm_head", hidden, vocab, True)))  # fmt: skip
 

@@ -4,23 +4,40 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.plan.operators import FP32, Linear, add, cast, cross_entropy, linear, matmul, split, view
+from launcher.plan.operators import FP32, Linear, add, cast, linear, matmul, pointwise_of_result, split, view
 from launcher.plan.tape import LOGITS, Parameter, Storage, Tape, Tensor, checkpoint, counting_as
 
 LOSS_CHUNK = 256
 """Rows of logits that chunked cross-entropy makes at a time: enough for a matrix product to be fast."""
 POST_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 """Keys of a config.json by which a model changes its logits after its head; a head that gives the loss is then no use."""
+HEADS_OF_LAYERS = ("bert", "roberta")
 
 
 def changes_logits(config: dict[str, Any]) -> bool:
-    """Whether a model does something to its logits after its head."""
-    return any(config.get(key) not in (None, 1, 1.0) for key in POST_HEAD)
+    """Whether a model does something to its logits after its head, or has a head of several layers."""
+    return config.get("model_type") in HEADS_OF_LAYERS or any(config.get(key) not in (None, 1, 1.0) for key in POST_HEAD)
 
 
 def project(tape: Tape, rows: Tensor, head: Any, hidden_size: int) -> Tensor:
     """The head: a linear layer, or the embedding's weight."""
     return linear(tape, rows, head) if isinstance(head, Linear) else matmul(tape, rows, head, hidden_size)
+
+
+def cross_entropy(tape: Tape, logits: Tensor, rows: int, targets: Tensor) -> Tensor:
+    """Summed, of fp32 logits: log_softmax keeps its output, nll_loss too."""
+    logged = pointwise_of_result(tape, logits)
+    kept = tape.save(logged)
+    kept_targets = tape.save(targets)
+    loss = tape.new(1, FP32)
+    weight = tape.save(tape.new(1, FP32))
+    size = logits.count * FP32
+
+    def run(grad: Storage) -> tuple[Storage]:
+        kept.fetch(), kept_targets.fetch(), weight.fetch()
+        return (tape.make(size),)
+
+    return tape.attach(loss, run, logged)
 
 
 def chunked_loss(tape: Tape, chosen: Tensor, head: Any, hidden_size: int, targets: Tensor) -> Tensor:

@@ -39,6 +39,12 @@ def add(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
     return tape.record(a.count, max(a.width, b.width), lambda grad: (grad, grad), a, b)
 
 
+def subtract(tape: Tape, a: Tensor, b: Tensor) -> Tensor:
+    """Same shapes: the gradient goes to the one, and negated to the other."""
+    size = b.count * b.width
+    return tape.record(a.count, max(a.width, b.width), lambda grad: (grad, tape.make(size)), a, b)
+
+
 def add_small(tape: Tape, a: Tensor, small: Tensor) -> Tensor:
     """`small` is broadcast (a bias); its gradient is a sum."""
     has, size = small.node is not None, small.count * small.width
@@ -138,6 +144,12 @@ def pointwise(tape: Tape, x: Tensor) -> Tensor:
     return tape.record(x.count, x.width, run, x)
 
 
+def gelu_new(tape: Tape, x: Tensor) -> Tensor:
+    """GPT-2's approximation as transformers writes it out: a cube, a tanh and two products, each with what it keeps."""
+    half = scale(tape, x)
+    return mul(tape, half, shift(tape, pointwise_of_result(tape, scale(tape, add(tape, x, scale(tape, square(tape, x)))))))
+
+
 def pointwise_of_result(tape: Tape, x: Tensor) -> Tensor:
     """An activation that keeps its output (relu, tanh, sigmoid, softmax)."""
     out = tape.new(x.count, x.width)
@@ -152,13 +164,66 @@ def pointwise_of_result(tape: Tape, x: Tensor) -> Tensor:
     return tape.attach(out, run, x)
 
 
+def clamp(tape: Tape, x: Tensor, *, sides: int) -> Tensor:
+    """Bounded on one side or both; its backward compares anew, a byte an element and side."""
+    kept = tape.save(x) if x.node is not None else None
+    count, size = x.count, x.count * x.width
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        compared = [tape.make(count) for _ in range(sides)]
+        made = tape.make(size)
+        del compared
+        return (made,)
+
+    return tape.record(x.count, x.width, run, x)
+
+
+def add_constant(tape: Tape, x: Tensor) -> Tensor:
+    """Plus a tensor that needs no gradient."""
+    return shift(tape, x)
+
+
+def gather_columns(tape: Tape, x: Tensor, index: Tensor) -> Tensor:
+    """x.gather(1, index): its gradient is put into zeros, in place."""
+    kept = tape.save(index) if x.node is not None else None
+    size = x.count * x.width
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        return (tape.make(size),)
+
+    return tape.record(index.count, x.width, run, x)
+
+
+def copy_into_part(tape: Tape, whole: Tensor, x: Tensor, *, expanded: int = 0) -> Tensor:
+    """`whole[..., a:b].copy_(x)`: autograd's CopySlices copies the whole's gradient, and a slice of it. `expanded`: x is one for all heads."""
+    size, slice_size, own = whole.count * whole.width, (expanded or x.count) * x.width, x.count * x.width
+    had = whole.node is not None
+
+    def run(grad: Storage) -> tuple[Any, Any]:
+        result = tape.make(size)
+        cut = tape.make(slice_size)
+        if had:
+            tape.make(slice_size)
+        return result if had else None, (cut, own) if expanded else cut
+
+    return tape.attach(Tensor(whole.storage, whole.count, whole.width), run, whole, x)
+
+
 def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
-    """CUDA's fused dropout: a mask of one byte an element."""
-    if p == 0.0:
+    """CUDA's fused dropout makes a mask of one byte an element; the CPU's noise in the input's dtype, before the output."""
+    if p == 0.0 or not tape.training:
         return x
     count, width = x.count, x.width
-    out = tape.new(count, width)
-    mask = tape.new(count, 1)
+    if tape.fuses_dropout:
+        out = tape.new(count, width)
+        mask = tape.new(count, 1)
+    else:
+        mask = tape.new(count, width)
+        out = tape.new(count, width)
     kept = tape.save(mask) if x.node is not None else None
 
     def run(grad: Storage) -> tuple[Storage]:
@@ -195,11 +260,17 @@ def split(tape: Tape, x: Tensor, counts: tuple[int, ...]) -> tuple[Tensor, ...]:
     return outs
 
 
-def embed(tape: Tape, weight: Parameter, tokens: int, hidden: int) -> Tensor:
-    """Rows of a table; the gradient of the table is a whole table."""
-    if weight.node is not None:
-        tape.save(NOTHING)
-    return tape.record(tokens * hidden, weight.width, lambda grad: (tape.make(weight.count * weight.width),), weight)
+def embed(tape: Tape, weight: Parameter, tokens: int, hidden: int, indices: Tensor = NOTHING) -> Tensor:
+    """Rows of a table; the gradient of the table is a whole table. `indices` are kept where they are not the batch's own."""
+    kept = tape.save(indices) if weight.node is not None else None
+    size = weight.count * weight.width
+
+    def run(grad: Storage) -> tuple[Storage]:
+        assert kept is not None
+        kept.fetch()
+        return (tape.make(size),)
+
+    return tape.record(tokens * hidden, weight.width, run, weight)
 
 
 class Linear:
@@ -323,8 +394,13 @@ def _product_8bit(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
     return tape.attach(out, run, x)
 
 
-def rms_norm(tape: Tape, x: Tensor, weight: Parameter, *, style: str = "llama") -> Tensor:
-    """llama: weight · cast back; late: weight in fp32, then cast back; gemma: (1 + weight) in fp32, then cast back."""
+def rms_norm(tape: Tape, x: Tensor, weight: Parameter | None, *, style: str = "llama", width: int = 0) -> Tensor:
+    """llama: weight · cast back; late: weight in fp32, then cast back; gemma: (1 + weight) in fp32, then cast back; l2: cast back · weight,
+    or no weight over a given width."""
+    if style == "l2":
+        output = cast(tape, _normed(tape, cast(tape, x, FP32), weight.count if weight is not None else width), x.width)
+        return output if weight is None else mul(tape, output, weight)
+    assert weight is not None
     if tape.fused:
         return fused_rms_norm(tape, x, weight)
     if style == "gemma":
@@ -377,11 +453,11 @@ def rotate(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x · cos + rotate_half(x) · sin, the tables broadcast over heads; back in x's dtype where the tables are wider."""
     if tape.fused:
         return fused_rotate(tape, x, cos, sin)
-    straight = _mul_table(tape, x, cos)
+    straight = mul_table(tape, x, cos)
     half = x.count // 2
     first = part(tape, x, half)
     second = part(tape, x, half)
-    turned = _mul_table(tape, _turn(tape, first, second), sin)
+    turned = mul_table(tape, _turn(tape, first, second), sin)
     del first, second
     return add(tape, straight, turned)
 
@@ -390,7 +466,7 @@ def _turn(tape: Tape, first: Tensor, second: Tensor) -> Tensor:
     return join(tape, negate(tape, second), first)
 
 
-def _mul_table(tape: Tape, x: Tensor, table: Tensor) -> Tensor:
+def mul_table(tape: Tape, x: Tensor, table: Tensor) -> Tensor:
     kept = tape.save(table) if x.node is not None else None
     width, size = max(x.width, table.width), x.count * x.width
     whole = x.count * width
@@ -401,22 +477,6 @@ def _mul_table(tape: Tape, x: Tensor, table: Tensor) -> Tensor:
         return (_fitted(tape.make(whole), whole, size),)
 
     return tape.record(x.count, width, run, x)
-
-
-def cross_entropy(tape: Tape, logits: Tensor, rows: int, targets: Tensor) -> Tensor:
-    """Summed, of fp32 logits: log_softmax keeps its output, nll_loss too."""
-    logged = pointwise_of_result(tape, logits)
-    kept = tape.save(logged)
-    kept_targets = tape.save(targets)
-    loss = tape.new(1, FP32)
-    weight = tape.save(tape.new(1, FP32))
-    size = logits.count * FP32
-
-    def run(grad: Storage) -> tuple[Storage]:
-        kept.fetch(), kept_targets.fetch(), weight.fetch()
-        return (tape.make(size),)
-
-    return tape.attach(loss, run, logged)
 
 
 def gather_rows(tape: Tape, x: Tensor, count: int, index: Tensor) -> Tensor:

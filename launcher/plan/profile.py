@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
-from launcher.plan.decoder import layer_type
+from launcher.plan.forward import layer_type, uses_rope
 from launcher.plan.losses import LOSS_CHUNK
 from launcher.plan.shape import ModelShape, read_text_part
 from launcher.plan.step import recorded_step, run_step
@@ -74,9 +74,9 @@ def bound_step(work: Workload, two: Workload, three: Workload, *, keep_gradients
 def find_period(shape: ModelShape) -> int:
     """After how many layers a model's layers are the same again; their number where they never are."""
     config = read_text_part(shape.config)
-    rope = config.get("no_rope_layers") or [(i + 1) % (config.get("no_rope_layer_interval") or 4) for i in range(shape.num_layers)]
+    skips_rope = shape.model_type.startswith(("smollm3", "llama4"))
     weights = {layer: number for number, block in enumerate(shape.inventory) for layer in block.layers}
-    kinds = [(weights.get(i), layer_type(config, i), rope[i] if shape.model_type == "smollm3" else 0) for i in range(shape.num_layers)]
+    kinds = [(weights.get(i), layer_type(config, i), skips_rope and uses_rope(config, i)) for i in range(shape.num_layers)]
     return next((p for p in range(1, shape.num_layers) if kinds[p:] == kinds[:-p]), shape.num_layers)
 
 

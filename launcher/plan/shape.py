@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import socket
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -16,8 +17,8 @@ from launcher.plan.inventory_others import GEMMA3_TEXT, is_known, make_inventory
 from launcher.plan.known import find_known
 from launcher.plan.source import ModelSource
 
-KNOWN_HEADS = ("lm_head", "proj_out", "decoder", "classifier", "qa_outputs")
-"""Output layers, which peft's all-linear and bitsandbytes leave alone."""
+KNOWN_HEADS = ("lm_head", "proj_out", "classifier", "qa_outputs")
+"""Output layers, which peft's all-linear and bitsandbytes leave alone; those of BERT's family have layers before them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,7 +98,10 @@ def _inventory_of(shape: ModelShape) -> Inventory:
 
 def is_head(prefix: str, weight: Weight) -> bool:
     """Whether a weight is an output layer's."""
-    return not prefix.count("{") and (prefix + weight.name).split(".")[0] in KNOWN_HEADS
+    name = prefix + weight.name
+    if name.startswith("lm_head.") and name.count(".") > 1:
+        return name.startswith("lm_head.decoder")
+    return not prefix.count("{") and (name.split(".")[0] in KNOWN_HEADS or name.startswith("cls.predictions.decoder"))
 
 
 _FUSED_NAMES = {
@@ -161,15 +165,35 @@ def load_shape(source: ModelSource, revision: str | None) -> ModelShape:
 
 
 def _fetch_hub_config(name: str, revision: str | None) -> Path:
+    """Its config.json: the hub's, or the copy that an earlier run left in the cache. Raises ModelError."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    online = _finds_hub()
     try:
-        return Path(hf_hub_download(name, "config.json", revision=revision))
+        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=not online))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (
+            str(error).splitlines()[0] if online else "no network here: the hub's host name does not resolve; and it is not in the cache"
+        )
         raise ModelError(f"model.name_or_path: {name} is neither a folder here nor reachable on the hub ({reason})",
                          "check the name, the network, and HF_TOKEN for a gated model; or name a local folder") from None  # fmt: skip
+
+
+def _finds_hub() -> bool:
+    """Whether the hub's host name resolves, which says in no time what huggingface_hub finds out in forty seconds of retries.
+    Behind a proxy it need not resolve here."""
+    from urllib.parse import urlsplit
+    from urllib.request import getproxies
+
+    from huggingface_hub.constants import ENDPOINT
+
+    if getproxies():
+        return True
+    try:
+        return bool(socket.getaddrinfo(urlsplit(ENDPOINT).hostname, None))
+    except OSError:
+        return False
 
 
 def shape_of_config(whole: dict[str, Any], path: Path) -> ModelShape:
@@ -219,9 +243,26 @@ def keep_shape(config: dict[str, Any]) -> dict[str, Any]:
         k: v for k, v in config.items() if isinstance(v, int | float | str | None) or (isinstance(v, list) and len(v) <= 256)
     }
     kept |= {k: keep_shape(config[k]) for k in ("text_config", "vision_config") if isinstance(config.get(k), dict)}
+    for rope in (config.get("rope_parameters"), config.get("rope_scaling")):
+        if isinstance(rope, dict) and "partial_rotary_factor" in rope:
+            kept["partial_rotary_factor"] = rope["partial_rotary_factor"]
     if isinstance(config.get("id2label"), dict):
         kept["num_labels"] = len(config["id2label"])
     return kept
+
+
+def name_alike(config: dict[str, Any]) -> dict[str, Any]:
+    """The same under the names most architectures use (GPT-2 has n_embd, n_layer and n_head)."""
+    found = {new: config[old] for old, new in _OTHER_NAMES.items() if old in config and new not in config}
+    return config | found
+
+
+_OTHER_NAMES = {
+    "n_embd": "hidden_size",
+    "n_layer": "num_hidden_layers",
+    "n_head": "num_attention_heads",
+    "n_positions": "max_position_embeddings",
+}
 
 
 def read_text_part(config: dict[str, Any]) -> dict[str, Any]:

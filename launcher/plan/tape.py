@@ -38,11 +38,13 @@ Gradient = "Storage | None"
 class Tape:
     """The one who counts. `peaks` holds, phase by phase, the most that was live and how it was made up."""
 
-    __slots__ = ("accumulates_in_place", "events", "frame", "fused", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient", "on_host", "peaks", "phase",
-                 "recomputing", "reentrant", "round_to", "sequence", "top")  # fmt: skip
+    __slots__ = ("accumulates_in_place", "events", "frame", "fused", "fuses_dropout", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient",
+                 "on_host", "peaks", "phase", "recomputing", "reentrant", "round_to", "sequence", "top", "training")  # fmt: skip
 
-    def __init__(self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True, fused: bool = False,
-                 reentrant: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True, fuses_dropout: bool = True, training: bool = True,
+        fused: bool = False, reentrant: bool = False,
+    ) -> None:  # fmt: skip
         self.fused = fused  # Liger's kernels in place of torch's
         self.reentrant = reentrant  # torch.utils.checkpoint(use_reentrant=True): a recomputation runs to its end, and its output stays
         self.now = self.on_host = 0
@@ -57,7 +59,9 @@ class Tape:
         self.frame: _Frame | None = None
         self.recomputing: _Frame | None = None
         self.accumulates_in_place = accumulates_in_place
-        self.grad_enabled = True
+        self.grad_enabled = self.training = training
+        self.fuses_dropout = fuses_dropout
+        """CUDA's dropout keeps a mask of one byte an element; others one in the input's dtype."""
         self.on_gradient: Callable[[Sink, Storage], None] = _keep_gradient
 
     def enter(self, phase: str) -> None:
@@ -382,12 +386,3 @@ def counting_as(tape: Tape, kind: int) -> Iterator[None]:
         yield
     finally:
         tape.kind = before
-
-
-@contextmanager
-def no_grad(tape: Tape) -> Iterator[None]:
-    before, tape.grad_enabled = tape.grad_enabled, False
-    try:
-        yield
-    finally:
-        tape.grad_enabled = before

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from launcher.errors import DataError, LauncherError, ModelError, OutOfMemory, TrainingError
@@ -35,14 +35,25 @@ TABLE: tuple[tuple[Callable[[BaseException], bool], type[LauncherError], str], .
 
 
 @contextmanager
-def naming_foreign_errors(rank: int) -> Iterator[None]:
-    """Raises LauncherErrors only. What the table does not know is a TrainingError that names the rank."""
+def naming_foreign_errors(rank: int, *, step: int | None = None, sample_ids: Sequence[int] = ()) -> Iterator[None]:
+    """Raises LauncherErrors only. What the table does not know is a TrainingError that names the rank.
+
+    Within a step, what ran out of memory names the step and the samples that were in it."""
     try:
         yield
     except LauncherError:
         raise
     except Exception as error:
-        raise name_error(error, rank) from error
+        named = name_error(error, rank)
+        if isinstance(named, OutOfMemory) and step is not None:
+            named = OutOfMemory(f"{named.message}; at step {step}, {say_samples(sample_ids)} in it", named.remedy)
+        raise named from error
+
+
+def say_samples(sample_ids: Sequence[int]) -> str:
+    """The first of a step's samples, by their ids, and how many there are."""
+    shown = ", ".join(str(sample) for sample in sample_ids[:8])
+    return f"samples {shown} and {len(sample_ids) - 8} more were" if len(sample_ids) > 8 else f"samples {shown} were"
 
 
 def name_error(error: Exception, rank: int) -> LauncherError:

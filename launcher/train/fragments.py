@@ -13,13 +13,14 @@ kept: they are the masters, rounded.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from launcher.checkpoint.fetch import Wanted, fetch
 from launcher.checkpoint.reshard import Reader, Span
 from launcher.checkpoint.shard import BLOCK_ELEMENTS, DTYPE_BYTES
 from launcher.errors import CheckpointError
@@ -194,21 +195,57 @@ class Loaded:
 
 @dataclass(slots=True, kw_only=True)
 class Blocks:
-    """A flat 8-bit state as codes and each element's scale; NaN where the checkpoint held plain numbers or nothing."""
+    """An 8-bit state, flat, as codes and each element's scale; NaN where the checkpoint held plain numbers or nothing."""
 
     codes: torch.Tensor
     scales: torch.Tensor
+
+
+class Reads:
+    """Reads of a checkpoint into tensors, gathered first and then done all at once."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._wanted: list[Wanted] = []
+        self._then: list[Callable[[], object]] = []
+
+    def add(self, span: Span, target: torch.Tensor) -> None:
+        """A span into a flat tensor in host memory; one of another dtype is rounded."""
+        dtype = TORCH_DTYPE[span.fragment.dtype]
+        held = target if target.dtype == dtype else torch.empty(target.numel(), dtype=dtype)
+        if held.numel():
+            self._wanted.append(self.reader.want(span, memoryview(held.view(torch.uint8).numpy())))  # type: ignore[arg-type]
+        if held is not target:
+            self.then(lambda: target.copy_(held))
+
+    def add_range(self, name: str, kind: str, start: int, stop: int, target: torch.Tensor) -> None:
+        for span in self.reader.find_spans(name, kind, start, stop):
+            self.add(span, target[span.start - start : span.stop - start])
+
+    def then(self, work: Callable[[], object]) -> None:
+        """What is to be done with the values once they are there, in the order it was said."""
+        self._then.append(work)
+
+    def run(self) -> None:
+        """Raises DamagedCheckpoint where a byte differs from what was written."""
+        fetch(self.reader.storage, self._wanted)
+        for work in self._then:
+            work()
 
 
 def load_fragments(engine: Any, reader: Reader) -> Loaded:
     """Read what this rank needs, without touching the engine. Raises DamagedCheckpoint, and CheckpointError for another model's."""
     segments = find_segments(engine)
     _check_names(segments, reader)
-    masters = [(s, _read_plain(reader, s.name, MASTER, s.start, s.start + s.length)) for s in segments]
+    reads = Reads(reader)
+    masters = [(segment, torch.empty(segment.length)) for segment in segments]
+    for segment, values in masters:
+        reads.add_range(segment.name, MASTER, segment.start, segment.start + segment.length, values)
     by_holder: dict[int, list[Segment]] = {}
     for segment in segments:
         by_holder.setdefault(id(segment.holder), []).append(segment)
-    states = [(group[0].holder, _load_state(engine, reader, group)) for group in by_holder.values()]
+    states = [(group[0].holder, _read_state(engine, reads, group)) for group in by_holder.values()]
+    reads.run()
     return Loaded(masters=masters, states=states)
 
 
@@ -223,9 +260,9 @@ def _check_names(segments: list[Segment], reader: Reader) -> None:
             )
 
 
-def _load_state(engine: Any, reader: Reader, segments: list[Segment]) -> dict[str, torch.Tensor]:
-    """The optimizer's states of one holder, by name: fp32 of the holder's size, or 8-bit codes with their scales."""
-    holder = segments[0].holder
+def _read_state(engine: Any, reads: Reads, segments: list[Segment]) -> dict[str, torch.Tensor]:
+    """The optimizer's states of one holder, by name: fp32 of the holder's size, and 8-bit codes with their scales. They fill as `reads` run."""
+    holder, reader = segments[0].holder, reads.reader
     kinds = {kind for kind in reader.kinds[segments[0].name] if kind not in (MASTER, BEST) and not kind.startswith("absmax")}
     loaded: dict[str, torch.Tensor] = {}
     for kind in sorted(kinds):
@@ -236,55 +273,61 @@ def _load_state(engine: Any, reader: Reader, segments: list[Segment]) -> dict[st
                     f"the checkpoint was made under ZeRO stage {reader.commit.zero_stage}, where {reader.commit.optimizer} keeps {kind}, "
                     f"and stage {engine.zero_optimization_stage()} keeps a full state", "set parallel.zero_stage back"
                 )  # fmt: skip
-            loaded[kind] = _read_plain(reader, segments[0].name, kind, 0, _numel(shape)).view(shape)
+            values = torch.empty(_numel(shape))
+            reads.add_range(segments[0].name, kind, 0, _numel(shape), values)
+            loaded[kind] = values.view(shape)
             continue
-        values = torch.zeros(holder.numel())
-        blocks = Blocks(codes=torch.zeros(holder.numel(), dtype=torch.uint8), scales=torch.full((holder.numel(),), torch.nan))
-        for s in segments:
-            for span in reader.find_spans(s.name, kind, s.start, s.start + s.length):
-                at = slice(s.offset + span.start - s.start, s.offset + span.stop - s.start)
-                if span.fragment.dtype == "U8":
-                    blocks.codes[at], blocks.scales[at] = _read_codes(reader, span, kind)
-                    values[at] = _code_of(kind)[blocks.codes[at].long()] * blocks.scales[at]
-                else:
-                    values[at] = _tensor(reader.read(span), span.fragment.dtype).float()
-        loaded[kind] = values
-        if not blocks.scales.isnan().all():
+        padded = holder.numel() > sum(segment.length for segment in segments)
+        values = loaded[kind] = torch.zeros(holder.numel()) if padded else torch.empty(holder.numel())
+        spans = [(s, span) for s in segments for span in reader.find_spans(s.name, kind, s.start, s.start + s.length)]
+        blocks: Blocks | None = None
+        if any(span.fragment.dtype == "U8" for _, span in spans):
+            blocks = Blocks(codes=torch.zeros(holder.numel(), dtype=torch.uint8), scales=torch.full((holder.numel(),), torch.nan))
             loaded[f"codes/{kind}"], loaded[f"scales/{kind}"] = blocks.codes, blocks.scales
+        for s, span in spans:
+            at = slice(s.offset + span.start - s.start, s.offset + span.stop - s.start)
+            if blocks is not None and span.fragment.dtype == "U8":
+                _read_codes(reads, span, kind, values[at], Blocks(codes=blocks.codes[at], scales=blocks.scales[at]))
+            else:
+                reads.add(span, values[at])
     return loaded
+
+
+def _read_codes(reads: Reads, span: Span, kind: str, values: torch.Tensor, blocks: Blocks) -> None:
+    """A span's codes, the scale of each of its elements, and what the two stand for."""
+    own = reads.reader.find_own(span.rank, span.fragment.name, f"absmax{kind[-1]}")
+    if own is None:
+        raise CheckpointError(
+            f"{reads.reader.commit.folder}: {kind} of {span.fragment.name} has no scales", "resume from an earlier one: --resume PATH"
+        )
+    scales = torch.empty(own.stop - own.start)
+    reads.add(span, blocks.codes)
+    reads.add(own, scales)
+
+    def scale() -> None:
+        place = torch.arange(span.start, span.stop) - span.fragment.start + span.fragment.block_offset
+        blocks.scales.copy_(scales[place // BLOCK_ELEMENTS])
+        values.copy_(_code_of(kind)[blocks.codes.long()] * blocks.scales)
+
+    reads.then(scale)
 
 
 def _numel(shape: tuple[int, ...]) -> int:
     return int(torch.Size(shape).numel())
 
 
-def _read_plain(reader: Reader, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
-    parts = [_tensor(reader.read(span), span.fragment.dtype) for span in reader.find_spans(name, kind, start, stop)]
-    return torch.cat(parts)
-
-
 def read_whole(reader: Reader, name: str, kind: str) -> torch.Tensor:
-    """A tensor of the checkpoint that is no part of a parameter."""
+    """A tensor of the checkpoint, whole, flat and in the dtype it was saved in."""
     return _read_plain(reader, name, kind, 0, _numel(reader.shape(name, kind)))
 
 
-def _tensor(data: memoryview, dtype: str) -> torch.Tensor:
-    if not len(data):
-        return torch.empty(0, dtype=TORCH_DTYPE[dtype])
-    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPE[dtype])
-
-
-def _read_codes(reader: Reader, span: Span, kind: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """A span's codes and the scale of each of its elements."""
-    codes = _tensor(reader.read(span), "U8")
-    own = reader.find_own(span.rank, span.fragment.name, f"absmax{kind[-1]}")
-    if own is None:
-        raise CheckpointError(
-            f"{reader.commit.folder}: {kind} of {span.fragment.name} has no scales", "resume from an earlier one: --resume PATH"
-        )
-    scales = _tensor(reader.read(own), "F32")
-    place = torch.arange(span.start, span.stop) - span.fragment.start + span.fragment.block_offset
-    return codes, scales[place // BLOCK_ELEMENTS]
+def _read_plain(reader: Reader, name: str, kind: str, start: int, stop: int) -> torch.Tensor:
+    dtypes = {span.fragment.dtype for span in reader.find_spans(name, kind, start, stop)}
+    values = torch.empty(stop - start, dtype=TORCH_DTYPE[dtypes.pop()])
+    reads = Reads(reader)
+    reads.add_range(name, kind, start, stop, values)
+    reads.run()
+    return values
 
 
 def _code_of(kind: str) -> torch.Tensor:
@@ -311,7 +354,7 @@ def put_fragments(engine: Any, loaded: Loaded, scalars: dict[str, Any]) -> None:
             inner.state[holder] = {"step": torch.tensor(scalars["step"], dtype=torch.float32, device=device)} if "step" in scalars else {}
             for kind, values in states.items():
                 shaped = values if values.dim() > 1 else values.view(holder.shape)  # factored states come in their own shape
-                inner.state[holder][kind] = shaped.to(device=holder.device, dtype=torch.float32, copy=True)
+                inner.state[holder][kind] = shaped.to(device=holder.device)
     _refresh_weights(engine)
 
 

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from launcher.errors import NotFinite, Stopped
 from launcher.run import Event
 from launcher.train.data import StepBatch
+from launcher.train.foreign import naming_foreign_errors, say_samples
 from launcher.train.loss import sum_token_loss
 from launcher.train.optim import set_lr, take_step
 from launcher.train.saving import Saver
@@ -48,18 +49,20 @@ def train(
         # DeepSpeed divides by micro-steps and averages over ranks; undone here, so that each token weighs the same.
         weight = ranks * micro_steps / batch.num_targets
         totals = torch.zeros(4, dtype=torch.float64, device=engine.device)
-        for micro_batch in batch.micro_batches:
-            loss_sum = sum_token_loss(engine, {name: tensor.to(engine.device) for name, tensor in micro_batch.items()})
-            engine.backward(loss_sum * weight)
-            grad_norm = take_step(engine, saver.settle)
-            totals[0] += loss_sum.detach()
+        sample_ids = batch.sample_ids.tolist()
+        with naming_foreign_errors(dist.get_rank(), step=state.step + 1, sample_ids=sample_ids):
+            for micro_batch in batch.micro_batches:
+                loss_sum = sum_token_loss(engine, {name: tensor.to(engine.device) for name, tensor in micro_batch.items()})
+                engine.backward(loss_sum * weight)
+                grad_norm = take_step(engine, saver.settle)
+                totals[0] += loss_sum.detach()
         totals[1:] += torch.tensor([stop_asked(), *saver.votes()], dtype=torch.float64, device=engine.device)
         dist.all_reduce(totals)
         stopping, save_due, save_failed = (bool(total > 0) for total in totals[1:])
         loss = totals[0].item() / batch.num_targets
         state = state.after_step(len(batch.sample_ids), batch.num_tokens)
         if not math.isfinite(loss):
-            raise NotFinite(f"the loss is {loss} at step {state.step}; samples {batch.sample_ids[:8].tolist()} were in it",
+            raise NotFinite(f"the loss is {loss} at step {state.step}; {say_samples(sample_ids)} in it",
                             "lower optim.lr, lengthen the warm-up, or train in bf16 or fp32")  # fmt: skip
         seconds = time.perf_counter() - began
         report({"event": "step", "step": state.step, "total_steps": total_steps, "epoch": state.samples_seen / samples_per_epoch,

@@ -40,7 +40,8 @@ def open_report(
                 file.close()
                 rewind_metrics(folder.metrics, session_begins, event["step"])
                 file = folder.metrics.open("a", buffering=1, encoding="utf-8")
-            trackers.extend(_open_tracker(name, plan, folder, event["step"] + 1) for name in plan.recipe.track.to)
+            purge_step = event["step"] + 1 if session_begins else None
+            trackers.extend(_open_tracker(name, plan, folder, purge_step) for name in plan.recipe.track.to)
         if event["event"] == "step":
             event["memory_bytes"] = read_peak_memory()
             event["memory_planned_bytes"] = planned
@@ -75,16 +76,21 @@ def _cut_unfinished_line(path: Path) -> int:
 def rewind_metrics(path: Path, session_begins: int, step: int) -> None:
     """Drop from earlier sessions, which end at byte `session_begins`, all that came after `step` was done; in one move.
 
-    Nothing of them stays where the run starts over.
+    Nothing of them stays where the run starts over. A save is told of some steps late: that of `step` stays, wherever it stands.
+    A line that a power cut garbled is dropped.
     """
     with path.open("rb") as file:
         earlier, current = file.read(session_begins), file.read()
     kept: list[bytes] = []
-    for line in earlier.splitlines(keepends=True) if step else ():
-        event = json.loads(line)
-        if event.get("step", 0) > step or event.get("when") == "after" or event["event"] in ("saved", "end"):
-            break
-        kept.append(line)
+    beyond = step == 0
+    for line in earlier.splitlines(keepends=True):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            continue
+        beyond = beyond or event.get("step", 0) > step or event.get("when") == "after" or event["event"] in ("saved", "end")
+        if not beyond or (event["event"] == "checkpoint" and event["step"] <= step):
+            kept.append(line)
     unfinished = path.with_suffix(".unfinished")
     unfinished.write_bytes(b"".join(kept) + current)
     unfinished.replace(path)
@@ -100,7 +106,7 @@ def _tracked(event: Event) -> dict[str, float]:
     return {}
 
 
-def _open_tracker(name: str, plan: Plan, folder: RunFolder, first_step: int) -> Any:
+def _open_tracker(name: str, plan: Plan, folder: RunFolder, purge_step: int | None) -> Any:
     from accelerate import PartialState
     from accelerate.tracking import MLflowTracker, TensorBoardTracker, WandBTracker
 
@@ -109,7 +115,7 @@ def _open_tracker(name: str, plan: Plan, folder: RunFolder, first_step: int) -> 
     project, run = plan.recipe.track.project, Path(plan.run_dir).name
     if name == "tensorboard":
         # Hides what an earlier session wrote from this step on.
-        tracker: Any = TensorBoardTracker(run, folder.trackers, purge_step=first_step if first_step > 1 else None)
+        tracker: Any = TensorBoardTracker(run, folder.trackers, purge_step=purge_step)
     elif name == "wandb":
         tracker = WandBTracker(project, name=run, dir=str(folder.path))
     else:

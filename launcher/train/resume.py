@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -88,23 +89,35 @@ def _try(plan: Plan, engine: Any, storage: Storage, step: int, identity: dict[st
     if isinstance(found, str):
         return found
     commit, changes = found
-    wrong, loaded = "", None
+    problem: CheckpointError | None = None
+    loaded = None
     try:
         reader = Reader(storage, commit)
         loaded = load_fragments(engine, reader), load_best(engine, reader), load_random_states(reader)
-    except DamagedCheckpoint as error:
-        wrong = error.message
+    except CheckpointError as error:
+        problem = error
     except OSError as error:
-        wrong = f"{type(error).__name__}: {error}"
-    reasons: list[Any] = [""] * dist.get_world_size()
-    dist.all_gather_object(reasons, wrong)
-    if any(reasons) or loaded is None:
-        return str(next(reason for reason in reasons if reason))
+        problem = _judge(error, f"{storage.url}/{commit.folder}")
+    problems: list[CheckpointError | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(problems, problem)
+    for problem in filter(None, problems):
+        if not isinstance(problem, DamagedCheckpoint):
+            raise problem
+    if loaded is None or any(problems):
+        return next(problem.message for problem in problems if problem)
     for change in changes:
         report({"event": "note", "text": f"changed since the checkpoint: {change}"})
     fragments, best_weights, random_states = loaded
     _put(plan, engine, commit, fragments, random_states)
     return Resumed(state=read_state(commit.state), best_weights=best_weights, source=f"{storage.url}/{commit.folder}")
+
+
+def _judge(error: OSError, place: str) -> CheckpointError:
+    """A disk that cannot read its own bytes has lost them; any other failure says nothing about the checkpoint, which is left as it is."""
+    text = f"{place} cannot be read: {type(error).__name__}: {error}"
+    return (
+        DamagedCheckpoint(text) if error.errno == errno.EIO else CheckpointError(text, "the same command again, once the storage answers")
+    )
 
 
 def _put(plan: Plan, engine: Any, commit: Commit, fragments: Loaded, random_states: dict[str, torch.Tensor]) -> None:

@@ -24,6 +24,7 @@ from launcher.plan.allocator import round_up
 from launcher.plan.profile import StepProfile
 from launcher.plan.workload import Workload
 from launcher.train.encode import IGNORED
+from launcher.train.head import put_loss_into_head
 from launcher.train.loss import sum_kept_loss
 
 aten = torch.ops.aten
@@ -134,22 +135,26 @@ def attend(
 ) -> torch.Tensor:
     """Scaled dot product attention with the memory of the kernel torch 2.13 picks (aten/native/transformers/sdp_utils).
 
-    CUDA: flash without a mask in 16 bits, else the memory-efficient kernel with the mask as a bias in the query's dtype.
-    CPU: the fused kernel, which takes a mask.
+    CUDA: flash without a mask in 16 bits where values are as wide as keys, else the memory-efficient kernel with the mask as a bias in the query's dtype.
+    CPU: the fused kernel, which takes a mask, and neither dropout nor values of another width; the plain one there.
     """
     bias = None
     if attn_mask is not None:
         bias = attn_mask
         if attn_mask.dtype == torch.bool:
             bias = torch.where(attn_mask, torch.zeros((), dtype=query.dtype, device=query.device), float("-inf"))
+    even = query.shape[-1] == value.shape[-1]
     if device == "cpu":
-        if enable_gqa and key.shape[1] != query.shape[1]:
-            pass
+        if dropout_p or not even:
+            plain: torch.Tensor = aten._scaled_dot_product_attention_math(
+                query, key, value, bias, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )[0]
+            return plain
         out: torch.Tensor = aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, dropout_p, is_causal, attn_mask=bias, scale=scale
         )[0]
         return out
-    if bias is None and query.dtype != torch.float32:
+    if bias is None and query.dtype != torch.float32 and even:
         flash: torch.Tensor = aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, scale=scale)[0]
         return flash
     if bias is not None:
@@ -215,7 +220,7 @@ def profile_by_trace(work: Workload, *, keep_gradients: bool) -> StepProfile:
     A quantised base is traced dense: its products keep less, and its dequantised weights are not seen. Raises ModelError.
     """
     try:
-        few, more = (_trace_layers(work, depth, keep_gradients) for depth in DEPTHS)
+        few, more = (trace_layers(work, depth, keep_gradients=keep_gradients) for depth in DEPTHS)
     except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
         kind, reason = work.shape.model_type, str(error).strip().splitlines()[:1]
         raise ModelError(
@@ -228,7 +233,8 @@ def profile_by_trace(work: Workload, *, keep_gradients: bool) -> StepProfile:
     return StepProfile(forward=extend("forward"), loss=extend("forward"), backward=extend("backward"), is_traced=True)
 
 
-def _trace_layers(work: Workload, layers: int, keep_gradients: bool) -> Trace:
+def trace_layers(work: Workload, layers: int, *, keep_gradients: bool) -> Trace:
+    """A micro-step of the first `layers` layers of a workload's model, which AutoModelForCausalLM builds as a run does."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     facts = {name: value for name, value in work.shape.config.items() if name not in ("model_type", "num_labels")}
@@ -240,6 +246,8 @@ def _trace_layers(work: Workload, layers: int, keep_gradients: bool) -> Trace:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     base = model.to(DTYPES[work.width]).train()
+    if work.loss == "chunked":
+        put_loss_into_head(base, work.loss)
     trained = _lay_method(base, work)
     if work.checkpointing != "off":
         checkpoint_as_on(base, work.device)
