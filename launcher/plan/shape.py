@@ -45,14 +45,14 @@ class ModelShape:
     @property
     def inventory(self) -> Inventory:
         """Every parameter; of an unknown architecture those of a Llama of the same sizes, which `is_known` tells."""
-        return _inventory_of(json.dumps(self._known_config(), sort_keys=True))
+        return _inventory_of(self)
 
     @property
     def is_known(self) -> bool:
         """Whether the launcher knows this architecture's parameters exactly."""
         return is_known(self.config)
 
-    def _known_config(self) -> dict[str, Any]:
+    def known_config(self) -> dict[str, Any]:
         if self.is_known:
             return self.config
         return {"model_type": "llama", "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
@@ -90,8 +90,8 @@ class ModelShape:
 
 
 @lru_cache(maxsize=64)
-def _inventory_of(config: str) -> Inventory:
-    inventory = make_inventory(json.loads(config))
+def _inventory_of(shape: ModelShape) -> Inventory:
+    inventory = make_inventory(shape.known_config())
     assert inventory is not None, "asked of known architectures only"
     return inventory
 

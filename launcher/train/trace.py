@@ -24,6 +24,7 @@ from launcher.plan.allocator import round_up
 from launcher.plan.profile import StepProfile
 from launcher.plan.workload import Workload
 from launcher.train.encode import IGNORED
+from launcher.train.head import put_loss_into_head
 from launcher.train.loss import sum_kept_loss
 
 aten = torch.ops.aten
@@ -245,6 +246,8 @@ def trace_layers(work: Workload, layers: int, *, keep_gradients: bool) -> Trace:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     base = model.to(DTYPES[work.width]).train()
+    if work.loss == "chunked":
+        put_loss_into_head(base, work.loss)
     trained = _lay_method(base, work)
     if work.checkpointing != "off":
         checkpoint_as_on(base, work.device)
