@@ -122,13 +122,15 @@ def predict_memory(
     overheads: Overheads = DEFAULT_OVERHEADS,
     expandable_segments: bool = False,
     tracer: Tracer | None = None,
+    work: Workload | None = None,
 ) -> MemoryPlan:
     """What the run needs, phase by phase. `deepspeed` is its configuration; `budget` is the device's memory unless told.
 
     With `replay` the allocator is simulated and every layer computed; without, its slack is a share and a deep model's layers are
     extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step of a model that has no closed form.
+    `work` is what a rank computes, where it is not what this launcher's loop would.
     """
-    work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
+    work, sharding = work or make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     counts = count_states(work)
     states = make_states(
         counts, sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
