@@ -135,6 +135,10 @@ def test_deepspeed_is_left_nothing_to_decide(stage: int, cluster: Cluster, model
     assert [config[dtype]["enabled"] for dtype in ("bf16", "fp16")] == [plan.layout.dtype == "bf16", plan.layout.dtype == "fp16"]
     assert ("offload_optimizer" in config["zero_optimization"], "offload_param" in config["zero_optimization"]) == tuple(offload.values())
     assert ("stage3_max_live_parameters" in config["zero_optimization"]) == (stage == 3)
+    if stage == 3:
+        uncheckpointed = plan_of(model, cluster, parallel={"zero_stage": 3}, memory={"gradient_checkpointing": False})
+        assert config["zero_optimization"]["memory_efficient_linear"] == (cluster.accelerator == "cuda")
+        assert uncheckpointed.deepspeed["zero_optimization"]["memory_efficient_linear"] is True
 
 
 def test_the_plan_in_words_shows_its_numbers(model: Path) -> None:

@@ -39,7 +39,7 @@ class Tape:
     """The one who counts. `peaks` holds, phase by phase, the most that was live and how it was made up."""
 
     __slots__ = ("accumulates_in_place", "events", "frame", "fused", "fuses_dropout", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient",
-                 "on_host", "peaks", "phase", "recomputing", "reentrant", "round_to", "sequence", "top", "training")  # fmt: skip
+                 "on_host", "peaks", "phase", "recomputing", "reentrant", "round_to", "sequence", "top", "training", "unpacked")  # fmt: skip
 
     def __init__(
         self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True, fuses_dropout: bool = True, training: bool = True,
@@ -60,6 +60,8 @@ class Tape:
         self.recomputing: _Frame | None = None
         self.accumulates_in_place = accumulates_in_place
         self.grad_enabled = self.training = training
+        self.unpacked: list[Tensor] = []
+        """What a node was given of a recomputation: it holds on to it while it runs."""
         self.fuses_dropout = fuses_dropout
         """CUDA's dropout keeps a mask of one byte an element; others one in the input's dtype."""
         self.on_gradient: Callable[[Sink, Storage], None] = _keep_gradient
@@ -195,6 +197,8 @@ class _Promise(Saved):
         if not self.frame.recomputed:
             self.frame.recompute()
         found: Tensor = self.tensor
+        self.tensor = None  # what is made again is given away, once
+        self.frame.tape.unpacked.append(found)
         return found
 
 
@@ -295,11 +299,14 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
         if not retain:
             node.run, node.edges = None, ()
         outputs = list(run(grads))
-        del run, grads
+        tape.unpacked.clear()
         for index, output in enumerate(outputs):
-            if isinstance(output, tuple):  # made in another shape or dtype than its tensor's; fitted once what was kept is gone
+            if isinstance(
+                output, tuple
+            ):  # made in another shape or dtype than its tensor's; fitted before the node lets go (validate_outputs)
                 outputs[index] = tape.make(output[1])
                 del output
+        del run, grads
         for index, (edge, slot) in enumerate(edges):
             grad = outputs[index]
             outputs[index] = None
