@@ -236,7 +236,7 @@ def test_what_the_devices_cannot_do_is_refused(cluster: Cluster, section: dict[s
 
 @pytest.mark.parametrize("installed", [True, False])
 def test_kernels_are_taken_where_they_are_installed(installed: bool, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.plan.layout._installed", lambda package: installed)
+    monkeypatch.setattr("launcher.plan.layout.is_installed", lambda package: installed)
     layout = plan_of(model, A100).layout
     assert (layout.attn_implementation, layout.liger_kernel) == (("flash_attention_2", True) if installed else ("sdpa", False))
     assert layout.packs_flat == installed
