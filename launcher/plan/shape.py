@@ -13,7 +13,7 @@ from typing import Any
 from launcher.errors import ModelError
 from launcher.plan.gguf import read_gguf_header
 from launcher.plan.inventory import HEAD_DIM, TIED_UNLESS_TOLD, Inventory, Weight
-from launcher.plan.inventory_others import GEMMA3_TEXT, is_known, make_inventory
+from launcher.plan.inventory_others import COUNTED, GEMMA3_TEXT, is_known, make_inventory
 from launcher.plan.known import find_known
 from launcher.plan.source import ModelSource
 
@@ -44,7 +44,7 @@ class ModelShape:
 
     @property
     def inventory(self) -> Inventory:
-        """Every parameter; of an unknown architecture those of a Llama of the same sizes, which `is_known` tells."""
+        """Every parameter; of an unknown architecture what was counted, or those of a Llama of the same sizes."""
         return _inventory_of(json.dumps(self._known_config(), sort_keys=True))
 
     @property
@@ -52,7 +52,14 @@ class ModelShape:
         """Whether the launcher knows this architecture's parameters exactly."""
         return is_known(self.config)
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether a model of an unknown architecture was built once, and its parameters counted (launcher.train.trace)."""
+        return COUNTED in self.config
+
     def _known_config(self) -> dict[str, Any]:
+        if self.is_counted:
+            return {"model_type": COUNTED, COUNTED: self.config[COUNTED]}
         if self.is_known:
             return self.config
         return {"model_type": "llama", "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
@@ -243,6 +250,8 @@ def keep_shape(config: dict[str, Any]) -> dict[str, Any]:
         k: v for k, v in config.items() if isinstance(v, int | float | str | None) or (isinstance(v, list) and len(v) <= 256)
     }
     kept |= {k: keep_shape(config[k]) for k in ("text_config", "vision_config") if isinstance(config.get(k), dict)}
+    if isinstance(config.get("quantization_config"), dict):
+        kept["quant_method"] = config["quantization_config"].get("quant_method")
     for rope in (config.get("rope_parameters"), config.get("rope_scaling")):
         if isinstance(rope, dict) and "partial_rotary_factor" in rope:
             kept["partial_rotary_factor"] = rope["partial_rotary_factor"]

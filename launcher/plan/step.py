@@ -222,7 +222,7 @@ def _logits(run: Pass, model: _Model, kept: Tensor) -> Tensor:
         if config["model_type"] in ENCODERS:
             return encoder_logits(run, model.outside, hidden, count, kept)
         chosen = gather_rows(tape, hidden, count, kept)
-        head = model.outside.get("head", model.outside.get("embed_tokens", model.outside.get("wte", model.outside.get("embed_in"))))
+        head = next(model.outside[name] for name in ("head", "embed_tokens", "wte", "embed_in") if name in model.outside)
         logits = matmul(tape, chosen, head, config["hidden_size"]) if isinstance(head, Parameter) else linear(tape, chosen, head)
         if config["model_type"] == "granite":
             return scale(tape, logits)
