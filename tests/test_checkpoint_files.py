@@ -208,6 +208,27 @@ def test_pruning_keeps_the_newest_and_the_best(storage: Storage) -> None:
     assert list(list_steps(storage)) == [3, 9, 12, 15]
 
 
+def test_files_are_listed_while_another_process_prunes(storage: Storage) -> None:
+    """Folders go while they are looked into: that is no error."""
+    for step in range(40):
+        for name in ("a", "b"):
+            storage.write(f"{step_folder(step)}/{name}", [b"x"])
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            for _ in range(20):
+                for step in range(40):
+                    storage.delete(step_folder(step))
+                for step in range(40):
+                    os.makedirs(f"{storage.url}/{step_folder(step)}")
+        os._exit(0)
+    listed = 0
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        assert set(storage.list().values()) <= {1}
+        listed += 1
+    assert listed > 10
+
+
 # ---------------------------------------------------------------------------------------------------------- kill anywhere
 
 

@@ -135,6 +135,10 @@ def test_deepspeed_is_left_nothing_to_decide(stage: int, cluster: Cluster, model
     assert [config[dtype]["enabled"] for dtype in ("bf16", "fp16")] == [plan.layout.dtype == "bf16", plan.layout.dtype == "fp16"]
     assert ("offload_optimizer" in config["zero_optimization"], "offload_param" in config["zero_optimization"]) == tuple(offload.values())
     assert ("stage3_max_live_parameters" in config["zero_optimization"]) == (stage == 3)
+    if stage == 3:
+        uncheckpointed = plan_of(model, cluster, parallel={"zero_stage": 3}, memory={"gradient_checkpointing": False})
+        assert config["zero_optimization"]["memory_efficient_linear"] == (cluster.accelerator == "cuda")
+        assert uncheckpointed.deepspeed["zero_optimization"]["memory_efficient_linear"] is True
 
 
 def test_the_plan_in_words_shows_its_numbers(model: Path) -> None:
@@ -169,7 +173,8 @@ def test_batch_arithmetic(global_batch_size: int, ranks: int) -> None:
         below, above = global_batch_size // ranks * ranks, (global_batch_size // ranks + 1) * ranks
         use = f"use {below} or {above}" if below else f"use {above}"
         assert told == (
-            f"batch.global_batch_size: {global_batch_size} is not divisible by {ranks} ranks → {use}, or another number of workers"
+            f"batch.global_batch_size: {global_batch_size} is not divisible by {ranks} ranks{': each takes a row at least' * (not below)}"
+            f" → {use}, or another number of workers"
         )
         return
     share = global_batch_size // ranks

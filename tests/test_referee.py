@@ -67,6 +67,16 @@ def assert_equal(kind: str, work: Workload, *, layers: int = 2, keep: bool = Tru
     assert found == {phase: traced.peaks[phase] for phase in found}
 
 
+@pytest.mark.parametrize("rows", [1, 3, 6])
+@pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])
+def test_chunked_loss(kind: str, method: MethodFacts, rows: int) -> None:
+    """Up to three chunks of rows; Gemma's head is its embedding."""
+    for checkpointing, keep in (("on", False), ("off", True)):
+        work = workload(kind, method=method, loss="chunked", checkpointing=checkpointing, micro_batch_size=rows)
+        assert_equal(kind, work, keep=keep)
+
+
 def adapt(kind: str, method: MethodFacts) -> MethodFacts:
     """Adapters where peft can lay them: fused experts cannot be built on the meta device, and Llama 4's router takes none."""
     if method.target_modules != "all-linear" or method.r == 0:

@@ -11,10 +11,11 @@ import pytest
 from launcher.cluster import Cluster
 from launcher.errors import RecipeError
 from launcher.plan import Plan, make_plan
+from launcher.plan.advise import suggest_nodes
 from launcher.plan.devices import find_device, make_cluster
 from launcher.plan.dry_run import make_document, make_dry_run
 from launcher.plan.plan import make_choice, make_suggestions
-from launcher.plan.solve import apply_changes, make_candidates, suggest_nodes
+from launcher.plan.solve import apply_changes, make_candidates
 from launcher.plan.sweep import is_axis, make_sweep, read_axis
 from launcher.recipe import Lora, QLora, Recipe, load_recipe
 from launcher.view_plan import format_changes

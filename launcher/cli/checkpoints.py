@@ -150,7 +150,11 @@ def checkpoints_inspect(run: RunOrPlace, step: StepOption = None, as_json: JsonO
         print_json({**dataclasses.asdict(commit), "bytes": commit.num_bytes, "kinds": kinds})
         return
     print(f"step {commit.step} of {commit.total_steps}, {format_bytes(commit.num_bytes)}, ZeRO-{commit.zero_stage} on {commit.world_size} ranks, {commit.optimizer}")  # fmt: skip
-    for title, facts in (("state", commit.state), ("made from", commit.identity), ("versions", commit.versions)):
+    for title, facts in (
+        ("state", commit.state),
+        ("made from", {"model.name_or_path": commit.base_model} | commit.identity),
+        ("versions", commit.versions),
+    ):
         print(f"\n{title}")
         for key, value in facts.items():
             print(f"  {key:<32}{value}")

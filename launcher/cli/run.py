@@ -254,6 +254,9 @@ def _check_startable(plan: Plan) -> None:
     if plan.cluster.address == "local" and plan.layout.nodes > 1:
         raise ClusterError(f"the plan needs {plan.layout.nodes} nodes, and this machine is one",
                            "name a running cluster with --cluster FILE, drop --nodes, or add --dry-run to see the plan only")  # fmt: skip
+    if plan.layout.nvme_path is not None:
+        raise RecipeError([Fault("plan", "parallel.nvme_path", "is planned for, and not yet run: checkpoints read the states in memory",
+                                 "drop it to offload to host memory; --dry-run shows what each takes")])  # fmt: skip
     check_trackers(plan.recipe.track.to)
     saved = plan.trainable_params if plan.recipe.method.kind in ("lora", "qlora") else plan.num_params
     needed = saved * DTYPE_BYTES[plan.layout.dtype]

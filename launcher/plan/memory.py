@@ -15,13 +15,14 @@ from launcher.plan.allocator import replay as replay_allocator
 from launcher.plan.batch import BatchPlan
 from launcher.plan.budget import COMPONENTS, Component, FigureName, MemoryPlan, Phase, Provenance
 from launcher.plan.decoder import CLOSED_FORMS
+from launcher.plan.fused import FUSED
 from launcher.plan.gathering import Gathered, gather
 from launcher.plan.host import make_disk, make_host_phases, make_network
 from launcher.plan.layout import Layout
-from launcher.plan.profile import Peak, StepProfile, profile_evaluation, profile_step
+from launcher.plan.profile import Peak, StepProfile, bound_step, profile_evaluation, profile_step
 from launcher.plan.shape import ModelShape
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
-from launcher.plan.timeline import Story, tell_step
+from launcher.plan.timeline import Event, Story, tell_step
 from launcher.plan.trainable import as_trained
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
@@ -84,21 +85,22 @@ def count_trainable(recipe: Recipe, shape: ModelShape) -> int:
 
 def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan) -> Workload:
     """What one rank computes in a micro-step."""
-    flat = layout.packs_flat
+    flat, shape = layout.packs_flat, as_trained(shape)
     return Workload(
         shape=shape,
         method=method_facts(recipe),
         width=DTYPE_BYTES[layout.dtype],
         device=layout.accelerator,
         attention=layout.attn_implementation,  # type: ignore[arg-type]
-        loss="plain",
-        checkpointing="on" if layout.gradient_checkpointing else "off",
+        loss=layout.loss,
+        checkpointing="offload" if layout.checkpoints_on_host else "on" if layout.gradient_checkpointing else "off",
         micro_batch_size=batch.micro_batch_size,
         seq_len=batch.seq_len,
         # The last position predicts nothing. Which others carry no loss is in the data, so all are counted.
         loss_columns=(batch.micro_batch_size * batch.seq_len if flat else batch.seq_len) - 1,
         # Padding is a sequence of its own (train/data.py), and needs the mask that packs do.
         packed=recipe.data.packing or batch.micro_batch_size > 1,
+        fused=layout.liger_kernel and shape.model_type in FUSED,
     )
 
 
@@ -110,7 +112,7 @@ def make_sharding(layout: Layout, deepspeed: Mapping[str, Any]) -> Sharding:
         offload_optimizer=layout.offload_optimizer, offload_param=layout.offload_param,
         prefetch=zero.get("stage3_prefetch_bucket_size", 0), persistence=zero.get("stage3_param_persistence_threshold", 0),
         max_reuse=zero.get("stage3_max_reuse_distance", 0), sub_group=zero.get("sub_group_size", 1_000_000_000), zero_init=layout.zero_init,
-        leaf_modules=layout.leaf_modules,
+        leaf_modules=layout.leaf_modules, nvme=layout.nvme_path is not None,
     )  # fmt: skip
 
 
@@ -133,7 +135,6 @@ def predict_memory(
     With `replay` the allocator is simulated and every layer computed; without, its slack is a share and a deep model's layers are
     extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step, where there is one.
     """
-    shape = as_trained(shape)
     work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     counts = count_states(work)
     states = make_states(
@@ -159,7 +160,7 @@ def predict_memory(
     return MemoryPlan(
         phases=finished,
         host_phases=host,
-        disk=make_disk(recipe, shape, counts, work.width),
+        disk=make_disk(recipe, shape, counts, work.width, nvme=states.nvme * layout.workers_per_node),
         network_bytes=make_network(counts, sharding, work.width, batch.gradient_accumulation_steps),
         budget=budget if budget is not None else cluster.device_memory,
         host_budget=cluster.host_memory if cluster.host_memory > 1 else None,
@@ -187,6 +188,26 @@ def _choose_profile(work: Workload, keep_gradients: bool, tracer: Tracer | None)
     return None, acting, [
         f"activations: counted as those of a Llama of the same sizes, because {kind} has no exact arithmetic here{reason}"
     ]  # fmt: skip
+
+
+def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan, *, deepspeed: Mapping[str, Any]) -> int:
+    """Bytes of a device that the run needs at least: what it holds, at the step, while it loads, and with activations that cannot be fewer."""
+    work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
+    states = make_states(
+        count_states(work), sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
+        micro_steps=batch.gradient_accumulation_steps,
+    )  # fmt: skip
+    parts = Parts(work, work, sharding, count_states(work), states, batch.gradient_accumulation_steps)
+    held = states.weights + states.persistent + states.quant_state + states.adapters + states.master + states.optimizer
+    loading = 0 if sharding.stage == 3 and sharding.zero_init else sum(c.bytes for c in _loading(parts, NOTHING_GATHERED))
+    several, two, three = (
+        batch.gradient_accumulation_steps > 1,
+        *(make_workload(recipe, shape, layout, replace(batch, micro_batch_size=m)) for m in (2, 3)),
+    )
+    step = (
+        bound_step(work, two, three, keep_gradients=parts.keeps, gradients_exist=parts.keeps and several) if has_closed_form(shape) else 0
+    )
+    return max(held + states.gradients + step, held + states.step_peak, loading)
 
 
 def as_llama(shape: ModelShape) -> ModelShape:
@@ -280,6 +301,9 @@ def _exported_at_once(parts: Parts, gathered: Gathered) -> int:
     return 2 * max(gathered.largest, parts.work.width * min(EXPORT_ELEMENTS, wanted))
 
 
+NOTHING_GATHERED = Gathered(forward=0, loss=0, backward=0, largest=0)
+
+
 def _loading(parts: Parts, gathered: Gathered) -> Held:
     """Weights as they come: whole on every rank, unless the model starts sharded."""
     work, counts, sharding, states = parts.work, parts.counts, parts.sharding, parts.states
@@ -304,6 +328,8 @@ def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, 
             for name, parts in phases.items()
         }
     least = max(sum(c.bytes for c in parts) for parts in phases.values())
+    beside = [sum(_reserve(events, mode) for events in story.side) for mode in (False, True)]
+    limit -= max(beside)
     within = limit if limit > least else None  # what cannot fit shows what it would take
     native, growing = (replay_allocator(story.events, expandable=mode, limit=within) for mode in (False, True))
     chosen = growing if expandable else native
@@ -312,14 +338,21 @@ def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, 
     for name, parts in phases.items():
         told = story.phase_of(name)
         reserved = chosen[told][0] if told in chosen else reserved
+        aside = beside[expandable] if name not in ("load", "engine start") else 0
         held = sum(c.bytes for c in parts)
-        size = max(0, reserved - held) if alike or told not in chosen else int(held * (reserved / max(1, chosen[told][1]) - 1))
+        exact = alike or told not in chosen
+        size = max(0, reserved + aside - held) if exact else int(held * (reserved / max(1, chosen[told][1]) - 1))
         # How far apart the allocator's two modes are says how much this depends on the order of events.
-        spread = max(0.02 * reserved, abs(native[told][0] - growing[told][0]) / 2 if told in native else 0)
+        spread = max(0.02 * reserved, abs(native[told][0] - growing[told][0] + beside[0] - beside[1]) / 2 if told in native else 0)
         if within is not None:  # near the limit torch gives cached segments back: slack alone does not pass it by more
             spread = min(spread, max(0.02 * reserved, within - reserved))
         slack[name] = part("allocator slack", size, "source", spread / size if size else 0.0, "reserved")
     return slack
+
+
+def _reserve(events: list[Event], expandable: bool) -> int:
+    """What a stream of its own reserves."""
+    return max((reserved for reserved, _ in replay_allocator(events, expandable=expandable).values()), default=0)
 
 
 def _finish(components: Held, slack: Component, layout: Layout, overheads: Overheads, sharding: Sharding) -> tuple[Component, ...]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from launcher.plan.fused import fused_rms_norm, fused_rotate
 from launcher.plan.tape import DEQUANTISED, Parameter, Storage, Tape, Tensor, counting_as
 
 FP32 = 4
@@ -400,6 +401,8 @@ def rms_norm(tape: Tape, x: Tensor, weight: Parameter | None, *, style: str = "l
         output = cast(tape, _normed(tape, cast(tape, x, FP32), weight.count if weight is not None else width), x.width)
         return output if weight is None else mul(tape, output, weight)
     assert weight is not None
+    if tape.fused:
+        return fused_rms_norm(tape, x, weight)
     if style == "gemma":
         output = _normed(tape, cast(tape, x, FP32), weight.count)
         output = mul(tape, output, shift(tape, cast(tape, weight, FP32)))
@@ -448,6 +451,8 @@ def layer_norm(tape: Tape, x: Tensor, weight: Parameter | None, bias: Parameter 
 
 def rotate(tape: Tape, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x · cos + rotate_half(x) · sin, the tables broadcast over heads; back in x's dtype where the tables are wider."""
+    if tape.fused:
+        return fused_rotate(tape, x, cos, sin)
     straight = mul_table(tape, x, cos)
     half = x.count // 2
     first = part(tape, x, half)
@@ -472,22 +477,6 @@ def mul_table(tape: Tape, x: Tensor, table: Tensor) -> Tensor:
         return (_fitted(tape.make(whole), whole, size),)
 
     return tape.record(x.count, width, run, x)
-
-
-def cross_entropy(tape: Tape, logits: Tensor, rows: int, targets: Tensor) -> Tensor:
-    """Summed, of fp32 logits: log_softmax keeps its output, nll_loss too."""
-    logged = pointwise_of_result(tape, logits)
-    kept = tape.save(logged)
-    kept_targets = tape.save(targets)
-    loss = tape.new(1, FP32)
-    weight = tape.save(tape.new(1, FP32))
-    size = logits.count * FP32
-
-    def run(grad: Storage) -> tuple[Storage]:
-        kept.fetch(), kept_targets.fetch(), weight.fetch()
-        return (tape.make(size),)
-
-    return tape.attach(loss, run, logged)
 
 
 def gather_rows(tape: Tape, x: Tensor, count: int, index: Tensor) -> Tensor:

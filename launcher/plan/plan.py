@@ -11,14 +11,16 @@ from typing import Any
 from launcher.checkpoint.storage import join_url
 from launcher.cluster import Cluster
 from launcher.errors import DataError, Fault, RecipeError
+from launcher.plan.advise import Suggestion, suggest_changes
 from launcher.plan.batch import BatchPlan, check_batch
 from launcher.plan.budget import MemoryPlan
 from launcher.plan.calibration import apply_calibration, find_calibration, find_rates
 from launcher.plan.deepspeed import choose_bucket, make_deepspeed_config
 from launcher.plan.layout import Layout, make_layout
-from launcher.plan.memory import Tracer, count_trainable, has_closed_form, predict_memory
-from launcher.plan.shape import ModelShape, load_shape
-from launcher.plan.solve import Choice, Predict, Suggestion, apply_changes, choose, describe_choice, make_candidates, suggest_changes
+from launcher.plan.losses import changes_logits
+from launcher.plan.memory import Tracer, count_trainable, has_closed_form, hold_at_least, predict_memory
+from launcher.plan.shape import ModelShape, load_shape, read_text_part
+from launcher.plan.solve import Choice, Floor, Predict, apply_changes, choose, describe_choice, make_candidates
 from launcher.plan.source import locate_model
 from launcher.plan.trainable import list_oddities, settle_attention
 from launcher.recipe import Recipe
@@ -149,6 +151,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, 
     choice = make_choice(recipe, shape, cluster)
     recipe, batch, asked = choice.taken.recipe, choice.taken.batch, recipe
     layout, notes = make_layout(recipe, cluster)
+    _check_loss(recipe, shape)
     trainable = count_trainable(recipe, shape)
     if trainable == 0 and (shape.is_known or shape.is_counted):
         raise RecipeError(
@@ -185,7 +188,9 @@ def make_choice(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Choice:
     candidates = make_candidates(recipe, shape, cluster, device, count_trainable(recipe, shape))
     if len(candidates) == 1:
         return Choice(taken=candidates[0], considered=(), total=1)
-    return choose(candidates, make_predictor(shape, cluster, replay=False), make_predictor(shape, cluster, replay=True))
+    budget = recipe.memory.budget_bytes
+    return choose(candidates, cluster.device_memory if budget is None else budget, make_floor(shape),
+                  make_predictor(shape, cluster, replay=False), make_predictor(shape, cluster, replay=True))  # fmt: skip
 
 
 def make_suggestions(plan: Plan) -> list[Suggestion]:
@@ -196,7 +201,8 @@ def make_suggestions(plan: Plan) -> list[Suggestion]:
 
     settled = apply_changes(plan.recipe, {"batch.micro_batch_size": plan.batch.micro_batch_size})
     predict, confirm = (make_predictor(plan.shape, plan.cluster, replay=replay) for replay in (False, True))
-    return suggest_changes(settled, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, predict, confirm)
+    return suggest_changes(settled, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, plan.memory.budget, make_floor(plan.shape),
+                           predict, confirm)  # fmt: skip
 
 
 def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool, tracer: Tracer | None = None) -> Predict:
@@ -212,9 +218,25 @@ def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool, tracer:
     return predict
 
 
+def make_floor(shape: ModelShape) -> Floor:
+    """What tells the bytes that a recipe, its layout and its batch need whatever their activations are."""
+
+    def floor(recipe: Recipe, layout: Layout, batch: BatchPlan) -> int:
+        return hold_at_least(recipe, shape, layout, batch, deepspeed=configure_deepspeed(recipe, shape, layout, batch))
+
+    return floor
+
+
 def configure_deepspeed(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan) -> dict[str, Any]:
-    bucket = choose_bucket(count_trainable(recipe, shape))
+    size = recipe.parallel.reduce_bucket_size
+    bucket = choose_bucket(count_trainable(recipe, shape)) if size is None or size == "auto" else size
     return make_deepspeed_config(layout, batch, max_grad_norm=recipe.optim.max_grad_norm, bucket=bucket, hidden_size=shape.hidden_size)
+
+
+def _check_loss(recipe: Recipe, shape: ModelShape) -> None:
+    if recipe.model.loss != "plain" and changes_logits(read_text_part(shape.config)):
+        raise RecipeError([Fault("plan", "model.loss", f"{recipe.model.loss} makes the loss in the model's head, and a {shape.model_type} changes"
+                                 " its logits after it", "set model.loss to plain")])  # fmt: skip
 
 
 def _check_length(recipe: Recipe, shape: ModelShape) -> None:

@@ -38,12 +38,15 @@ Gradient = "Storage | None"
 class Tape:
     """The one who counts. `peaks` holds, phase by phase, the most that was live and how it was made up."""
 
-    __slots__ = ("accumulates_in_place", "events", "frame", "fuses_dropout", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient", "on_host",
-                 "peaks", "phase", "recomputing", "round_to", "sequence", "top", "training", "unpacked")  # fmt: skip
+    __slots__ = ("accumulates_in_place", "events", "frame", "fused", "fuses_dropout", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient",
+                 "on_host", "peaks", "phase", "recomputing", "reentrant", "round_to", "sequence", "top", "training", "unpacked")  # fmt: skip
 
     def __init__(
-        self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True, fuses_dropout: bool = True, training: bool = True
+        self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True, fuses_dropout: bool = True, training: bool = True,
+        fused: bool = False, reentrant: bool = False,
     ) -> None:  # fmt: skip
+        self.fused = fused  # Liger's kernels in place of torch's
+        self.reentrant = reentrant  # torch.utils.checkpoint(use_reentrant=True): a recomputation runs to its end, and its output stays
         self.now = self.on_host = 0
         self.live = [0] * len(KINDS)
         self.peaks: dict[str, tuple[int, list[int]]] = {}
@@ -206,12 +209,13 @@ class _Enough(Exception):
 class _Frame:
     """One checkpointed call: the function and its arguments, and the promises it gave."""
 
-    __slots__ = ("function", "inputs", "offloaded", "promises", "recomputed", "stored", "tape")
+    __slots__ = ("function", "inputs", "offloaded", "output", "promises", "recomputed", "stored", "tape")
 
     def __init__(self, tape: Tape, function: Callable[[Tensor], Tensor], inputs: Any) -> None:
         self.tape, self.function, self.inputs = tape, function, inputs
         self.promises: list[weakref.ref[_Promise]] = []
         self.recomputed, self.stored, self.offloaded = False, 0, False
+        self.output: Any = None
 
     def hold(self) -> _Promise:
         promise = _Promise(self)
@@ -223,7 +227,7 @@ class _Frame:
         if promise is not None:
             promise.tensor = Tensor(tensor.storage, tensor.count, tensor.width)
         self.stored += 1
-        if self.stored == len(self.promises):
+        if self.stored == len(self.promises) and not self.tape.reentrant:
             raise _Enough
 
     def recompute(self) -> None:
@@ -234,7 +238,7 @@ class _Frame:
         if self.offloaded:
             self.inputs = tuple(tape.new(count, width) for count, width in self.inputs)
         try:
-            self.function(*self.inputs)
+            self.output = self.function(*self.inputs)
         except _Enough:
             pass
         finally:

@@ -57,6 +57,8 @@ class Saver:
         self._identity, self._total_steps, self._best_weights, self._report = identity, total_steps, best_weights, report
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._session = _agree(secrets.token_hex(6))
+        # Once: reading the packages' metadata takes longer than all else that a save does on this thread.
+        self._versions, self._plan_digest = read_versions(), plan.digest
         self._began = self._saved_at = time.monotonic()
         self._train_s_before = 0.0
         self._saved_step = self._committed_step = 0
@@ -134,7 +136,7 @@ class Saver:
             zero_stage=self._plan.layout.zero_stage,
             attempt=f"{self._session}-{state.step}",
             time=time.time(),
-            plan_digest=self._plan.digest,
+            plan_digest=self._plan_digest,
             optimizer=self._plan.recipe.optim.name,
             scalars=scalars,
             state=state.to_dict(),
@@ -143,7 +145,8 @@ class Saver:
             total_steps=self._total_steps,
             best_step=state.best_step,
             origin=self._plan.run_dir,
-            versions=read_versions(),
+            base_model=self._plan.recipe.model.name_or_path,
+            versions=self._versions,
         )
 
     # ------------------------------------------------------------------------------------------- on the thread
