@@ -289,18 +289,20 @@ def _print_choice(console: Console, choice: Choice) -> None:
         return
     title = f"considered for auto: {len(choice.considered)} of {choice.total} candidates, fastest first"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for name in (*(head for head, _ in EXPLAINED), "micro", "a step", "needs (P95)", "verdict"):
+    # A key that every candidate has alike takes no column.
+    shown = [(head, key) for head, key in EXPLAINED if len({describe_setting(key, c) for c in choice.considered}) > 1]
+    for name in (*(head for head, _ in shown), "micro", "a step", "needs (P95)", "verdict"):
         table.add_column(name, header_style="dim", justify="right" if name in ("a step", "needs (P95)") else "left", no_wrap=True)
     half = MOST_EXPLAINED // 2
     for number, candidate in enumerate(choice.considered):
         if half <= number < len(choice.considered) - half:
             if number == half:
-                table.add_row(*["..."] * (len(EXPLAINED) + 4), style="dim")
+                table.add_row(*["..."] * (len(shown) + 4), style="dim")
             continue
         if candidate.verdict is None:
             continue
         micro = f"{candidate.batch.micro_batch_size} × {candidate.batch.gradient_accumulation_steps}"
-        cells = [describe_setting(key, candidate) for _, key in EXPLAINED]
+        cells = [describe_setting(key, candidate) for _, key in shown]
         memory = candidate.memory
         need = format_bytes(memory.device("total").p95) if memory else f"over {format_bytes(candidate.floor)}"
         mark = " ← taken" if candidate is choice.taken else ""

@@ -169,11 +169,13 @@ def test_the_quick_prediction_is_near_the_exact_one() -> None:
 @pytest.mark.skipif(not READINGS.exists(), reason=f"{READINGS} is not on this machine: published readings are no part of the repository")
 def test_published_readings(capsys: pytest.CaptureFixture[str]) -> None:
     """Fails where the arithmetic gets worse than it was when it was written; prints the table of errors."""
-    from benchmarks.readings import describe, score
+    from benchmarks.readings import describe, score, sum_up
 
-    scores, total = score(READINGS)
+    scores, left_out = score(READINGS)
     with capsys.disabled():
-        print("\n" + describe(scores, total))
-    sure = [s for s in scores if s.figure == "allocated" and "rope" not in s.id and "rms_norm" not in s.id and "fused_linear" not in s.id]
-    assert len(sure) >= 13 and max(abs(s.error) for s in sure) < 0.002
-    assert max(abs(s.error) for s in scores if s.figure == "nvidia-smi") < 0.12
+        print("\n" + describe(scores, left_out))
+    assert len(scores) + left_out.total() == 161 and len(scores) >= 64
+    medians = {row["figure"]: row["median"] for row in sum_up(scores) if row["grade"] == "A"}
+    assert medians["allocated"] < 0.02 and medians["nvidia-smi"] < 0.05
+    # Liger's own norm holds what no release of it that could be read does: docs/dry-run.md.
+    assert max(abs(s.error) for s in scores if not s.id.startswith("liger-rms_norm-liger")) < 0.05

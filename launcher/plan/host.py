@@ -48,6 +48,8 @@ def make_host_phases(
             Component(name="checkpoint staging", bytes=staged * workers, provenance="source", error=0.05),
             Component(name="weights", bytes=exported, provenance="source", error=0.05),
         ],
+        # train/resume.py reads a rank's part of the checkpoint before it is put in its place.
+        "resume": [*held, Component(name="checkpoint staging", bytes=staged * workers, provenance="source", error=0.05)],
     }
     return tuple(Phase(name=name, components=tuple(c for c in parts if c.bytes)) for name, parts in phases.items())
 

@@ -26,7 +26,7 @@ from launcher.plan.timeline import Event, Story, tell_step
 from launcher.plan.trainable import as_trained
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
-from launcher.units import DTYPE_BYTES, GIB, MIB
+from launcher.units import DTYPE_BYTES, GIB, MIB, format_bytes
 
 
 class Tracer(Protocol):
@@ -129,13 +129,15 @@ def predict_memory(
     overheads: Overheads = DEFAULT_OVERHEADS,
     expandable_segments: bool = False,
     tracer: Tracer | None = None,
+    work: Workload | None = None,
 ) -> MemoryPlan:
     """What the run needs, phase by phase. `deepspeed` is its configuration; `budget` is the device's memory unless told.
 
     With `replay` the allocator is simulated and every layer computed; without, its slack is a share and a deep model's layers are
     extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step, where there is one.
+    `work` is what a rank computes, where it is not what this launcher's loop would.
     """
-    work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
+    work, sharding = work or make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     counts = count_states(work)
     states = make_states(
         counts, sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
@@ -287,6 +289,7 @@ def _make_phases(parts: Parts, traced: StepProfile | None, *, exact: bool, known
                        *computing(profile.forward if traced else profile_evaluation(parts.acting), max(gathered.forward, gathered.loss))],
         "save": [*held, *always, *(gradients if sharding.stage == 3 else []),
                  part("gathered parameters", _exported_at_once(parts, gathered), "source", 0.1)],
+        "resume": [*held, *always, *(gradients if sharding.stage == 3 else [])],
     }  # fmt: skip
 
 
@@ -338,7 +341,7 @@ def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, 
     for name, parts in phases.items():
         told = story.phase_of(name)
         reserved = chosen[told][0] if told in chosen else reserved
-        aside = beside[expandable] if name not in ("load", "engine start") else 0
+        aside = beside[expandable] if name not in ("load", "engine start", "resume") else 0
         held = sum(c.bytes for c in parts)
         exact = alike or told not in chosen
         size = max(0, reserved + aside - held) if exact else int(held * (reserved / max(1, chosen[told][1]) - 1))
@@ -395,6 +398,9 @@ def _find_notes(parts: Parts) -> list[str]:
     if logits > 4 * GIB:
         notes.append(f"logits: up to {logits / GIB:.1f} GiB for the loss of {work.tokens} tokens over {shape.vocab_size} words; a smaller"
                      " batch.micro_batch_size or data.seq_len takes less")  # fmt: skip
+    if method.r:
+        notes.append(f"merge: afterwards, by lepton-launch export --merge, which holds the whole model in host memory"
+                     f" ({format_bytes(work.width * shape.num_params)}); no part of the run")  # fmt: skip
     if counts.trained > shape.num_params // 10 and method.r:
         notes.append(
             f"adapters: {counts.trained:,} parameters are trained, because target_modules reaches fused experts; name the attention's layers"

@@ -148,15 +148,15 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, 
     _check_length(recipe, shape)
     ranks = cluster.nodes * cluster.workers_per_node
     check_batch(global_batch_size=recipe.batch.global_batch_size, micro_batch_size=recipe.batch.micro_batch_size, ranks=ranks)
-    choice = make_choice(recipe, shape, cluster)
-    recipe, batch, asked = choice.taken.recipe, choice.taken.batch, recipe
-    layout, notes = make_layout(recipe, cluster)
-    _check_loss(recipe, shape)
     trainable = count_trainable(recipe, shape)
     if trainable == 0 and (shape.is_known or shape.is_counted):
         raise RecipeError(
             [Fault("plan", "method", f"trains no parameter of this {shape.model_type}", "check target_modules, last_layers or patterns")]
         )
+    choice = make_choice(recipe, shape, cluster)
+    recipe, batch, asked = choice.taken.recipe, choice.taken.batch, recipe
+    layout, notes = make_layout(recipe, cluster)
+    _check_loss(recipe, shape)
     if trainable == 0:
         notes.append(f"trained parameters: not counted here, because the launcher does not know how a {shape.model_type} names its layers")
     notes += describe_choice(asked, choice)

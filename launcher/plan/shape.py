@@ -276,7 +276,15 @@ def _checked(shape: ModelShape, path: Path) -> ModelShape:
         raise ModelError(
             f"{path} has no {error.args[0]}, which a {shape.model_type} needs", "take the config.json of the model's own repository"
         ) from None
-    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+    except TypeError as error:
+        absent = [
+            name
+            for name in ("intermediate_size", "moe_intermediate_size", "d_ff", "intermediate_size_mlp")
+            if name in config and not config[name]
+        ]
+        problem = f"has no {absent[0]}, which a {shape.model_type} needs" if absent else f"cannot be made sense of: {error}"
+        raise ModelError(f"{path} {problem}", "take the config.json of the model's own repository") from None
+    except (ValueError, IndexError, ZeroDivisionError) as error:
         raise ModelError(f"{path}: the parameters of a {shape.model_type} do not follow from it ({error})", "the file is damaged") from None
     return shape
 

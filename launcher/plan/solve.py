@@ -63,9 +63,9 @@ class Candidate:
     @property
     def excess(self) -> float:
         """How far the need at P95 is above what there is, as a share; of device or host, whichever is worse. Never too much."""
-        memory = self.memory if self.memory is None or self.is_exact else self.memory.without_slack
-        if memory is None:
+        if self.memory is None:
             return 0.0
+        memory = self.memory if self.is_exact else self.memory.without_slack
         shares = [memory.device("total").p95 / memory.budget]
         if memory.host_budget:
             shares.append(memory.host.p95 / memory.host_budget)
@@ -136,7 +136,10 @@ def make_candidates(recipe: Recipe, shape: ModelShape, cluster: Cluster, device:
     for combination in itertools.product(*(values for _, values in make_axes(recipe))):
         changes: Changes = {key: value for change in combination for key, value in change.items()}
         settled = apply_changes(recipe, changes)
-        if not is_possible(settled, recipe, shape, cluster) or (settled.parallel.reduce_bucket_size or 0) >= trained:  # type: ignore[operator]
+        size = settled.parallel.reduce_bucket_size
+        if not is_possible(settled, recipe, shape, cluster) or (
+            size in BUCKETS[1:] and size != recipe.parallel.reduce_bucket_size and int(size) >= trained
+        ):
             continue
         layout, _ = make_layout(settled, cluster)
         for micro in list_micro_batches(
@@ -195,21 +198,24 @@ def _confirm(candidate: Candidate, confirm: Predict, worst: Verdict) -> Candidat
 
 
 def _find_least(seen: list[Candidate], budget: int, predict: Predict, confirm: Predict) -> Candidate:
-    """The one that is least above what there is. What is known of a candidate is never too much, so that most need no more than that."""
+    """The one that is least above what there is, before what the allocator adds. A floor is never too high, so that most need no more than that."""
     least: int | None = None
 
     def rank(index: int) -> tuple[float, int]:
-        return max(seen[index].excess, seen[index].floor / budget - 1.0), seen[index].batch.micro_batch_size
+        candidate = seen[index]
+        bare = candidate if candidate.memory is None else replace(candidate, is_exact=False)
+        return max(bare.excess, candidate.floor / budget - 1.0), candidate.batch.micro_batch_size
 
     for index in sorted(range(len(seen)), key=rank):
         if least is not None and rank(index) >= rank(least):
             break
-        for look in (predict, confirm):
-            if not seen[index].is_exact and (least is None or rank(index) < rank(least)):
-                seen[index] = replace(_see(seen[index], look), is_exact=look is confirm)
-        if seen[index].is_exact and (least is None or rank(index) < rank(least)):
+        if seen[index].memory is None:
+            seen[index] = _see(seen[index], predict)
+        if least is None or rank(index) < rank(least):
             least = index
     assert least is not None, "nothing to choose from"
+    if not seen[least].is_exact:
+        seen[least] = replace(_see(seen[least], confirm), is_exact=True)
     return seen[least]
 
 

@@ -42,7 +42,7 @@ class Story:
 
     @staticmethod
     def phase_of(name: str) -> str:
-        return {"evaluation": "forward", "save": "optimizer step"}.get(name, name)
+        return {"evaluation": "forward", "save": "optimizer step", "resume": "engine start"}.get(name, name)
 
 
 def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, micro_steps: int) -> Story:
