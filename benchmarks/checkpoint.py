@@ -2,6 +2,7 @@
 takes. Beside, on the same state in the same process: DeepSpeed's save_checkpoint and load_checkpoint, and torch's DCP async_save.
 
     python benchmarks/checkpoint.py 0.1 0.5        sizes of fp32 master and two moments, in GiB; rows of other sizes stay in the results
+    python benchmarks/checkpoint.py --training     a real run that saves 20 times as often as by default: what share of it was waiting
 
 One rank, CPU, ZeRO-2, AdamW, full fine-tuning of a random Llama in bf16. `stall_s` is how long the training thread waits; `lost_s` is
 what the steps from the save until it is durable took beyond what as many take without one, so it has the background work in it too.
@@ -17,6 +18,7 @@ import os
 import platform
 import shutil
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -36,7 +38,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sizes", type=float, nargs="*", default=[0.1, 0.5, 1.0, 4.0])
     parser.add_argument("--folder", type=Path, default=None)
+    parser.add_argument("--training", action="store_true")
     args = parser.parse_args()
+    if args.training:
+        write_results(training=measure_training())
+        return
     os.environ |= {"DS_ACCELERATOR": "cpu", "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     import deepspeed
     import torch
@@ -50,21 +56,52 @@ def main() -> None:
     try:
         for size in args.sizes:
             row = measure(size, folder)
-            print(json.dumps(row, indent=2), flush=True)
-            write_row(row)
+            write_results(row=row)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         deepspeed.comm.destroy_process_group()
 
 
-def write_row(row: dict[str, Any]) -> None:
-    """Into the results, in place of an earlier row of that size."""
+def write_results(row: dict[str, Any] | None = None, training: dict[str, Any] | None = None) -> None:
+    """Show what was measured and put it in place of what was measured before of the same."""
     from launcher.versions import read_versions
 
-    rows = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    rows = sorted([*(old for old in rows if old["asked_gib"] != row["asked_gib"]), row], key=lambda one: one["asked_gib"])
-    facts = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "versions": read_versions(), "rows": rows}
+    print(json.dumps(row or training, indent=2), flush=True)
+    before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": [], "training": None}
+    rows = [old for old in before["rows"] if row is None or old["asked_gib"] != row["asked_gib"]] + ([row] if row else [])
+    facts = {"machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "versions": read_versions(),
+             "rows": sorted(rows, key=lambda one: one["asked_gib"]), "training": training or before["training"]}  # fmt: skip
     RESULTS.write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def measure_training(every_minutes: float = 0.5, steps: int = 36) -> dict[str, Any]:
+    """SmolLM2-135M, all of it trained, by the command people type: two workers of a Ray of its own, ZeRO-2, on this machine's cores.
+
+    `share` is what training waited for saves, of the wall time from the first step to the last; `share_by_default` is the same wait a
+    save at the default cadence. The last save, which a run ends with, is not in them: it has nothing to hide behind.
+    """
+    with tempfile.TemporaryDirectory(prefix="checkpoint-") as folder:
+        sets = [f"output_dir={folder}", f"schedule.max_steps={steps}", f"save.every_minutes={every_minutes}", "evaluate.samples=[]",
+                "data.eval=[]", "track.to=[]"]  # fmt: skip
+        words = [sys.executable, "-m", "launcher.cli", str(ROOT / "recipes/smollm2-135m-full.yaml"), *sets]
+        subprocess.run(words, check=True, env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=460)
+        (metrics,) = Path(folder).glob("*/metrics.jsonl")
+        events = [json.loads(line) for line in metrics.read_text().splitlines()]
+    times = [event["time"] for event in events if event["event"] == "step"]
+    saves = [event for event in events if event["event"] == "checkpoint" and event["step"] < steps]
+    wall = times[-1] - times[0]
+    stalls = [save["stall_s"] for save in saves]
+    return {
+        "steps": steps,
+        "every_minutes": every_minutes,
+        "wall_s": wall,
+        "bytes": saves[0]["bytes"],
+        "stalls_s": stalls,
+        "write_s": [save["write_s"] for save in saves],
+        "share": sum(stalls) / wall,
+        "share_by_default": statistics.mean(stalls) / 600,
+        "load": os.getloadavg(),
+    }
 
 
 def measure(size_gib: float, folder: Path) -> dict[str, Any]:
@@ -94,7 +131,7 @@ def measure(size_gib: float, folder: Path) -> dict[str, Any]:
         return time.perf_counter() - began
 
     step()
-    plain = statistics.median(step() for _ in range(5))
+    plain = statistics.median(step() for _ in range(5 if size_gib < 1 else 3))
     numel = sum(p.numel() for p in engine.module.parameters())
     row: dict[str, Any] = {"asked_gib": size_gib, "size_gib": round(12 * numel / GIB, 3), "parameters": numel, "step_s": plain}
     every_s = 60 * (plan.recipe.save.every_minutes or 10)

@@ -36,6 +36,9 @@ class Model(Spec):
     """The attention kernel; auto takes flash attention where it is installed, else SDPA."""
     liger_kernel: Literal["auto"] | bool = "auto"
     """Liger's fused Triton kernels; auto uses them on a GPU where liger-kernel is installed."""
+    loss: Auto | Literal["plain", "chunked", "liger"] = "plain"
+    """How cross-entropy is computed: plain makes all logits at once; chunked a few rows of them at a time; liger is Liger's fused kernel,
+    on a GPU. All give the same loss; auto is the fastest that fits."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for a model whose code you have read."""
 
@@ -212,6 +215,10 @@ class Parallel(Spec):
     """Keep optimizer states in host memory (stages 1 to 3)."""
     offload_param: bool = False
     """Keep weights in host memory too (stage 3)."""
+    nvme_path: str | None = None
+    """A folder on each machine's own NVMe disk: what is offloaded is kept there and not in host memory (stage 3)."""
+    reduce_bucket_size: PositiveInt | Auto | None = None
+    """Elements of gradients that are reduced together; unless told, DeepSpeed's 500 million, or all there are. auto takes fewer where it must."""
     leaf_modules: Auto | bool = "auto"
     """Stage 3: gather a whole decoder layer at a time; several times faster with adapters."""
 
@@ -219,17 +226,18 @@ class Parallel(Spec):
 class Memory(Spec):
     """What is given up to fit."""
 
-    gradient_checkpointing: bool | Auto = True
-    """Recompute activations in the backward pass (non-reentrant) instead of keeping them; auto does so where it must."""
+    gradient_checkpointing: bool | Literal["auto", "offload"] = True
+    """Recompute activations in the backward pass (non-reentrant) instead of keeping them; offload also moves what is kept to host memory;
+    auto does as little of it as it can."""
     budget: str | None = None
     """What a device may use, such as 24GiB: the plan fits it and the run is held to it. Without one, the device's memory."""
 
-    @field_validator("budget")
+    @field_validator("budget", mode="before")
     @classmethod
-    def _with_unit(cls, value: str | None) -> str | None:
+    def _with_unit(cls, value: Any) -> Any:
         if value is not None:
             try:
-                make_bytes(value)
+                make_bytes(str(value))
             except ValueError:
                 raise ValueError("should be a size with its unit, such as 24GiB or 80GB") from None
         return value
@@ -405,6 +413,14 @@ def _check_parallel(parallel: Parallel) -> Iterator[Conflict]:
         yield "parallel.offload_param", f"needs ZeRO stage 3, and parallel.zero_stage is {stage}", "set parallel.zero_stage to 3"
     if parallel.offload_optimizer and stage == 0:
         yield "parallel.offload_optimizer", "needs ZeRO stage 1, 2 or 3, and parallel.zero_stage is 0", "set parallel.zero_stage to 2"
+    if parallel.nvme_path and stage != 3:
+        yield "parallel.nvme_path", f"needs ZeRO stage 3, and parallel.zero_stage is {stage}", "set parallel.zero_stage to 3, or drop it"
+    elif parallel.nvme_path and parallel.offload != "auto" and not (parallel.offload_optimizer or parallel.offload_param):
+        yield (
+            "parallel.nvme_path",
+            "nothing is offloaded that could be kept there",
+            "set parallel.offload_optimizer or parallel.offload_param",
+        )
     if parallel.leaf_modules is True and stage != 3:
         yield "parallel.leaf_modules", f"needs ZeRO stage 3, and parallel.zero_stage is {stage}", "drop it, or set parallel.zero_stage to 3"
 

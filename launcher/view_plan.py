@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from launcher.plan import Plan
+    from launcher.plan.advise import Suggestion
     from launcher.plan.budget import Component, MemoryPlan, Phase, Verdict
     from launcher.plan.calibration import Calibration
     from launcher.plan.dry_run import DryRun
-    from launcher.plan.solve import Changes, Choice, Suggestion
+    from launcher.plan.solve import Changes, Choice
     from launcher.plan.speed import Speed
     from launcher.plan.sweep import Cell
 
@@ -41,6 +42,8 @@ EXPLAINED = (
     ("offload", "parallel.offload"),
     ("recompute", "memory.gradient_checkpointing"),
     ("base", "method.quantization"),
+    ("loss", "model.loss"),
+    ("bucket", "parallel.reduce_bucket_size"),
 )
 MOST_EXPLAINED = 24
 """Rows of the table of candidates; --json has them all."""
@@ -201,7 +204,8 @@ def describe_rest(plan: Plan, speed: Speed | None) -> list[tuple[str, str]]:
         (
             "disk",
             f"{format_bytes(disk.run_folder_bytes)} for the run folder: a checkpoint {format_bytes(disk.checkpoint_bytes)}, kept ones"
-            f" {format_bytes(disk.kept_checkpoints_bytes)}, the exported model {format_bytes(disk.export_bytes)}",
+            f" {format_bytes(disk.kept_checkpoints_bytes)}, the exported model {format_bytes(disk.export_bytes)}"
+            + (f"; {format_bytes(disk.nvme_bytes)} of offloaded states on each machine's NVMe disk" if disk.nvme_bytes else ""),
         ),
         (
             "network",
@@ -285,19 +289,22 @@ def _print_choice(console: Console, choice: Choice) -> None:
         return
     title = f"considered for auto: {len(choice.considered)} of {choice.total} candidates, fastest first"
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
-    for name in (*(head for head, _ in EXPLAINED), "micro", "a step", "needs (P95)", "verdict"):
+    # A key that every candidate has alike takes no column.
+    shown = [(head, key) for head, key in EXPLAINED if len({describe_setting(key, c) for c in choice.considered}) > 1]
+    for name in (*(head for head, _ in shown), "micro", "a step", "needs (P95)", "verdict"):
         table.add_column(name, header_style="dim", justify="right" if name in ("a step", "needs (P95)") else "left", no_wrap=True)
     half = MOST_EXPLAINED // 2
     for number, candidate in enumerate(choice.considered):
         if half <= number < len(choice.considered) - half:
             if number == half:
-                table.add_row(*["..."] * 8, style="dim")
+                table.add_row(*["..."] * (len(shown) + 4), style="dim")
             continue
-        if candidate.memory is None or candidate.verdict is None:
+        if candidate.verdict is None:
             continue
         micro = f"{candidate.batch.micro_batch_size} × {candidate.batch.gradient_accumulation_steps}"
-        cells = [describe_setting(key, candidate) for _, key in EXPLAINED]
-        need = format_bytes(candidate.memory.device("total").p95)
+        cells = [describe_setting(key, candidate) for _, key in shown]
+        memory = candidate.memory
+        need = format_bytes(memory.device("total").p95) if memory else f"over {format_bytes(candidate.floor)}"
         mark = " ← taken" if candidate is choice.taken else ""
         table.add_row(*cells, micro, format_seconds(candidate.step_s), need, f"{candidate.verdict}{mark}",
                       style=VERDICT_STYLE[candidate.verdict].removeprefix("bold "))  # fmt: skip

@@ -27,6 +27,7 @@ from launcher.checkpoint.commit import (
     wait_for_manifests,
     write_commit,
 )
+from launcher.checkpoint.fetch import fetch
 from launcher.checkpoint.find import find_checkpoint, find_newest, split_step_url
 from launcher.checkpoint.identity import check_keys, check_same, find_differences, hash_weights, make_identity
 from launcher.checkpoint.lease import OWNER, Lease
@@ -143,6 +144,26 @@ def test_only_the_chunks_of_a_range_are_read(tmp_path: Path) -> None:
     assert read == [2 * CHUNK_BYTES]
 
 
+def test_a_thousand_small_tensors_are_read_in_few_requests(tmp_path: Path) -> None:
+    read: list[str] = []
+    storage = open_storage(str(tmp_path), lambda word: read.append(word) if word.startswith("read ") else None)
+    values = {f"layer{number}": np.full(10, number, dtype=np.float32) for number in range(1000)}
+    pieces = [Piece(name=name, kind="master", start=0, length=10, shape=(10,), dtype="F32", data=memoryview(value.tobytes()))
+              for name, value in values.items()]  # fmt: skip
+    write_shard(storage, step_folder(3), 0, "a", pieces)
+    records = wait_for_manifests(storage, 3, 1, "a", lambda: False)
+    assert records is not None
+    write_commit(storage, commit_of(3, 1, "a", shards=records))
+    reader = Reader(storage, load_commit(storage, 3))
+    targets = {name: bytearray(40) for name in values}
+    spans = {name: reader.find_spans(name, "master", 0, 10)[0] for name in values}
+    read.clear()
+    fetch(storage, [reader.want(spans[name], memoryview(target)) for name, target in reversed(targets.items())])
+    assert len(read) == 2 and all(target == values[name].tobytes() for name, target in targets.items())
+    read.clear()
+    assert find_damage(storage, 3) == [] and len(read) == 5  # COMMIT, manifest, header, and the same two
+
+
 # --------------------------------------------------------------------------------------------------------------- damage
 
 
@@ -206,6 +227,27 @@ def test_pruning_keeps_the_newest_and_the_best(storage: Storage) -> None:
     write_shard(storage, step_folder(15), 0, "in flight", pieces_of(0, 2, 15))
     assert prune(storage, 2, best_step=3) == [6, 10]
     assert list(list_steps(storage)) == [3, 9, 12, 15]
+
+
+def test_files_are_listed_while_another_process_prunes(storage: Storage) -> None:
+    """Folders go while they are looked into: that is no error."""
+    for step in range(40):
+        for name in ("a", "b"):
+            storage.write(f"{step_folder(step)}/{name}", [b"x"])
+    pid = os.fork()
+    if pid == 0:
+        with contextlib.suppress(BaseException):
+            for _ in range(20):
+                for step in range(40):
+                    storage.delete(step_folder(step))
+                for step in range(40):
+                    os.makedirs(f"{storage.url}/{step_folder(step)}")
+        os._exit(0)
+    listed = 0
+    while os.waitpid(pid, os.WNOHANG)[0] == 0:
+        assert set(storage.list().values()) <= {1}
+        listed += 1
+    assert listed
 
 
 # ---------------------------------------------------------------------------------------------------------- kill anywhere

@@ -15,15 +15,15 @@ from test_cli import invoke
 from test_resume import plan_case
 
 from launcher.plan import Plan
+from launcher.run import Event
 
 CASES = [("full", "3", "bf16"), ("full", "2", "fp32"), ("lora", "2", "bf16"), ("qlora4", "2", "bf16"), ("qlora8", "0", "fp32")]
 
 
-def train(ranks: Ranks, plan: Plan) -> Path:
+def train(ranks: Ranks, plan: Plan) -> tuple[Path, list[Event]]:
     run_dir = Path(plan.run_dir)
     (run_dir / "plan.json").write_text(json.dumps(plan.to_dict()))
-    ranks.run(fine_tune, plan)
-    return run_dir
+    return run_dir, ranks.run(fine_tune, plan)[0]
 
 
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -53,7 +53,7 @@ def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
 def test_the_last_checkpoint_is_the_exported_model(
     method: str, stage: str, dtype: str, two_ranks: Ranks, tiny: Path, tmp_path: Path
 ) -> None:
-    run = train(two_ranks, plan_case(tiny, tmp_path / "run", 2, method=method, stage=stage, dtype=dtype))
+    run, _ = train(two_ranks, plan_case(tiny, tmp_path / "run", 2, method=method, stage=stage, dtype=dtype))
     written = answer(run, "consolidate")
     assert written == {"step": 6, "model": str(run / "step-6")}
     assert_equal(read_weights(run / "step-6"), read_weights(run / "model"))
@@ -80,16 +80,15 @@ def whole_masters(checkpoint: Path, like: dict[str, torch.Tensor]) -> dict[str, 
     return {name: whole[name].view(tensor.shape).to(tensor.dtype) for name, tensor in like.items()}
 
 
-def test_the_best_weights_of_a_checkpoint(two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
+def test_the_best_weights_of_a_checkpoint(one_rank: Ranks, tiny: Path, tmp_path: Path) -> None:
     case: dict[str, Any] = {
-        "method": "lora",
+        "data": {"train": str(tiny / "train.jsonl")},
         "optim": {"name": "adamw", "lr": 0.15, "max_grad_norm": 0.0},
         "schedule": {"max_steps": 8, "epochs": 60.0, "kind": "constant"},
         "evaluate": {"every_steps": 2, "early_stopping": {"patience": 50}},
         "save": {"every_steps": 8},
     }
-    run = train(two_ranks, plan_case(tiny, tmp_path / "run", 2, **case))
-    events = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    run, events = train(one_rank, plan_case(tiny, tmp_path / "run", 1, **case))
     during = evaluations(events, "during")
     assert min(during) != during[-1], "the last is the best: nothing to tell apart"
     answer(run, "consolidate", "--best", "--output", tmp_path / "best")
@@ -104,7 +103,7 @@ def test_another_base_model_is_refused(two_ranks: Ranks, tiny: Path, tmp_path: P
     import shutil
 
     shutil.copytree(tiny / "model", tmp_path / "model")
-    run = train(two_ranks, plan_case(tiny, tmp_path / "run", 2, method="lora", model={"name_or_path": str(tmp_path / "model")}))
+    run, _ = train(two_ranks, plan_case(tiny, tmp_path / "run", 2, method="lora", model={"name_or_path": str(tmp_path / "model")}))
     weights = tmp_path / "model/model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
     refused = invoke("checkpoints", run, "consolidate")

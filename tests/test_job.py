@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -14,8 +15,10 @@ from typing import Any
 
 import psutil
 import pytest
+from ranks import Ranks, fine_tune, losses
 
-from launcher.run import RunFolder, read_events
+from launcher.plan import Plan, load_plan
+from launcher.run import Event, RunFolder, read_events
 
 
 @pytest.fixture
@@ -162,6 +165,37 @@ def test_sigterm_ends_it_with_6(recipe: Path, tmp_path: Path) -> None:
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 6, rest
     assert_gone(pids)
+
+
+def train_unbroken(me: Any, plan: Plan) -> list[Event]:
+    """Job: fine_tune with as many threads as a worker of the plan has; their number decides in which order sums are taken."""
+    import torch
+
+    torch.set_num_threads(plan.layout.threads_per_worker)
+    try:
+        return fine_tune(me, plan)
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on_to_the_same_end(recipe: Path, tmp_path: Path, two_ranks: Ranks) -> None:
+    process = start(recipe, "schedule.max_steps=150", "schedule.epochs=50", "save.every_minutes=null")
+    wait_for(process, "/150")
+    process.terminate()
+    rest, _ = process.communicate(timeout=60)
+    assert process.returncode == 6 and "the same command goes on from there" in rest, rest
+    (saved,) = (tmp_path / "runs/tiny/checkpoints").iterdir()
+    reached = int(saved.name.removeprefix("step-"))
+    assert 0 < reached < 150
+    again = subprocess.run(command(recipe, "schedule.max_steps=150", "schedule.epochs=50", "save.every_minutes=null"), capture_output=True,
+                           text=True, timeout=300, check=False)  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert f"its newest checkpoint is of step {reached} of 150" in again.stdout + again.stderr
+    plan = load_plan(tmp_path / "runs/tiny/plan.json")
+    straight = two_ranks.run(train_unbroken, dataclasses.replace(plan, run_dir=str(tmp_path / "straight")))[0]
+    assert losses(list(read_events(RunFolder(tmp_path / "runs/tiny")))) == losses(straight)
+    for path in (tmp_path / "straight/model").glob("*.safetensors"):
+        assert (tmp_path / "runs/tiny/model" / path.name).read_bytes() == path.read_bytes()
 
 
 def test_a_killed_worker_ends_it_with_4_and_says_which(recipe: Path, tmp_path: Path) -> None:

@@ -120,8 +120,9 @@ NOT_THERE = "is needed and is not there"
         ("seed: true\n", fault("r.yaml:5", "seed", "true should be a valid integer", "Seeds the adapters, dropout and the order of the data.")),
         (
             "memory: {gradient_checkpointing: yes}\n",
-            fault("r.yaml:5", "memory.gradient_checkpointing", "'yes' should be a valid boolean or should be 'auto'",
-                  "Recompute activations in the backward pass (non-reentrant) instead of keeping them; auto does so where it must."),
+            fault("r.yaml:5", "memory.gradient_checkpointing", "'yes' should be a valid boolean or should be 'auto' or 'offload'",
+                  "Recompute activations in the backward pass (non-reentrant) instead of keeping them; offload also moves what is kept to host"
+                  " memory; auto does as little of it as it can."),
         ),
         ("optim:\n", fault("r.yaml:5", "optim", "null should be a mapping of keys", "The optimizer.")),
         (

@@ -113,6 +113,14 @@ SLICE = [
     ("full", "3-offload", "adafactor", "bf16"),
     ("lora", "2-offload", "adamw", "bf16"),
 ]
+
+
+def meets_in_pairs(method: str, stage: str, optimizer: str, dtype: str) -> bool:
+    """Half of the full product: every two of method, stage, optimizer and precision still meet in a case."""
+    places = [list(METHODS).index(method), list(STAGES).index(stage), list(OPTIMIZERS).index(optimizer)]
+    return sum(places) % 2 == ["fp32", "bf16"].index(dtype)
+
+
 WIDE = [
     *itertools.product(METHODS, STAGES, ["adamw"], ["fp32", "bf16"]),
     *itertools.product(["full", "qlora4"], ["0", "1", "2", "3"], OPTIMIZERS, ["fp32", "bf16"]),
@@ -131,7 +139,8 @@ def test_resumed_is_unbroken(method: str, stage: str, optimizer: str, dtype: str
 
 @pytest.mark.checkpoints
 @pytest.mark.parametrize(
-    ("method", "stage", "optimizer", "dtype"), [case for case in dict.fromkeys(WIDE) if case not in SLICE and is_possible(*case)]
+    ("method", "stage", "optimizer", "dtype"),
+    [case for case in dict.fromkeys(WIDE) if case not in SLICE and is_possible(*case) and meets_in_pairs(*case)],
 )
 def test_resumed_is_unbroken_wide(
     method: str, stage: str, optimizer: str, dtype: str, two_ranks: Ranks, tiny: Path, tmp_path: Path
@@ -286,8 +295,10 @@ def test_four_ranks_to_three_and_eight(other_ranks: Ranks, four_ranks: Ranks, on
 
 
 @pytest.mark.checkpoints
-@pytest.mark.parametrize("stages", list(itertools.product("0123", "0123")))
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "lion"])
+@pytest.mark.parametrize(
+    ("stages", "optimizer"),
+    [((one, other), ["adamw", "sgd", "lion"][(int(one) + int(other)) % 3]) for one, other in itertools.product("0123", "0123")],
+)
 def test_every_stage_to_every_stage(
     stages: tuple[str, str], optimizer: str, two_ranks: Ranks, one_rank: Ranks, tiny: Path, tmp_path: Path
 ) -> None:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import pickle
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from ranks import Ranks, fine_tune, losses
 from safetensors.torch import load_file, save_file
+from test_checkpoint_files import owner_process
 from test_resume import plan_case, read_exported, read_shards, take_step
 from tiny import write_conversations
 
@@ -21,6 +26,7 @@ from launcher.plan import Plan
 from launcher.run import Event
 
 CASE: dict[str, Any] = {"save": {"every_steps": 2, "keep": 10}}
+UNMEASURED: dict[str, Any] = {**CASE, "evaluate": {}}
 FILES = ["COMMIT.json", "rank-00000.json", "rank-00001.json", "rank-00000.safetensors", "rank-00001.safetensors"]
 
 
@@ -141,10 +147,44 @@ def test_a_storage_that_fails_costs_no_checkpoint(straight: tuple[Path, list[Eve
     assert losses(resumed) == losses(straight[1])[4:]
 
 
+def fine_tune_cut_off(me: Any, plan: Plan, step: int) -> list[Event]:
+    """Job: fine_tune on a storage that can neither be written to nor cleaned up while `step` is saved."""
+    from launcher.run import RunFolder
+    from launcher.train.worker import fine_tune as run
+
+    gone = True
+
+    def watch(word: str) -> None:
+        nonlocal gone
+        if gone and f"step-{step:06d}/rank-00000" in word:
+            raise ConnectionResetError("the share went away")
+        if gone and word.startswith(f"before delete step-{step:06d}"):
+            gone = False
+            raise ConnectionResetError("the share went away")
+
+    events: list[Event] = []
+    run(plan, me, RunFolder(Path(plan.run_dir)), events.append, lambda: False, open_storage(plan.checkpoints, watch), None)
+    return events
+
+
+def test_a_storage_that_fails_while_saving_costs_that_save_alone(
+    straight: tuple[Path, list[Event]], two_ranks: Ranks, tiny: Path, tmp_path: Path
+) -> None:
+    case = {"save": {"every_steps": 2, "keep": 1}}
+    events = two_ranks.run(fine_tune_cut_off, plan_case(tiny, tmp_path, 2, **case), 4)[0]
+    assert losses(events) == losses(straight[1])
+    (failed,) = [event for event in events if event["event"] == "checkpoint_failed"]
+    assert failed["step"] == 4 and "the share went away" in failed["why"]
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [2, 6]
+    assert {name.split("/")[0] for name in open_storage(str(tmp_path / "checkpoints")).list()} == {"step-000006"}
+    assert read_shards(tmp_path, 6) == read_shards(straight[0], 6)
+
+
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_a_rank_reads_its_share_and_each_byte_of_it_once(stage: str, two_ranks: Ranks, one_rank: Ranks, tiny: Path, tmp_path: Path) -> None:
     """At the same world size its own shard, but for the header and the other's part; on more ranks than saved it, no more than its part."""
-    plan = plan_case(tiny, tmp_path / "two", 2, stage=stage, **CASE)
+    # No best weights, which each rank of stage 2 keeps whole.
+    plan = plan_case(tiny, tmp_path / "two", 2, stage=stage, **UNMEASURED)
     two_ranks.run(fine_tune, plan, 2)
     commit = load_commit(open_storage(plan.checkpoints), 2)
     for rank, (read, _) in enumerate(two_ranks.run(fine_tune_watched, plan, -1)):
@@ -152,10 +192,10 @@ def test_a_rank_reads_its_share_and_each_byte_of_it_once(stage: str, two_ranks: 
         assert list(shards) == [f"{commit.folder}/rank-{rank:05d}.safetensors"]
         (count,) = shards.values()
         assert 0.95 * commit.shards[rank].num_bytes < count < commit.shards[rank].num_bytes
-    plan = plan_case(tiny, tmp_path / "one", 1, stage=stage, **CASE)
+    plan = plan_case(tiny, tmp_path / "one", 1, stage=stage, **UNMEASURED)
     one_rank.run(fine_tune, plan, 2)
     whole = load_commit(open_storage(plan.checkpoints), 2).num_bytes
-    plan = plan_case(tiny, tmp_path / "one", 2, stage=stage, **CASE)
+    plan = plan_case(tiny, tmp_path / "one", 2, stage=stage, **UNMEASURED)
     counts = [sum(count for name, count in read.items() if name.endswith(".safetensors"))
               for read, _ in two_ranks.run(fine_tune_watched, plan, -1)]  # fmt: skip
     # A chunk is read whole, and all of this model's tensors are smaller than one. Stage 2 cuts the list of tensors in two, stage 3 each
@@ -163,7 +203,88 @@ def test_a_rank_reads_its_share_and_each_byte_of_it_once(stage: str, two_ranks: 
     assert max(counts) < (0.75 if stage == "2" else 1.01) * whole and sum(counts) > 0.95 * whole
 
 
+def fine_tune_audited(me: Any, plan: Plan) -> tuple[set[str], list[Event]]:
+    """Job: fine_tune, and the files below the run's checkpoints that Python opened meanwhile, by its own account (sys.addaudithook)."""
+    opened: set[str] = set()
+    listening = True
+
+    def hear(event: str, args: tuple[Any, ...]) -> None:
+        if listening and event == "open" and isinstance(args[0], str | os.PathLike):
+            path = os.fspath(args[0])
+            if isinstance(path, str) and path.startswith(plan.checkpoints) and not os.path.isdir(path):
+                opened.add(path.rsplit("/", 1)[1])
+
+    sys.addaudithook(hear)  # there is no way to take it away again
+    try:
+        return opened, fine_tune(me, plan)
+    finally:
+        listening = False
+
+
+def test_only_safetensors_and_json_are_opened(straight: tuple[Path, list[Event]], two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
+    """Files that would run code if they were unpickled lie beside; nobody opens them, and the run is the unbroken one."""
+    begin_again(straight[0], tmp_path)
+    trap = pickle.dumps(Trap(tmp_path / "sprung"))
+    for name in (
+        "mp_rank_00_model_states.pt",
+        "zero_pp_rank_0_mp_rank_00_optim_states.pt",
+        "random_states_0.pkl",
+        "rank-00000.pt",
+        "latest",
+    ):
+        (tmp_path / "checkpoints/step-000004" / name).write_bytes(trap)
+    (tmp_path / "checkpoints/latest").write_bytes(trap)
+    answers = two_ranks.run(fine_tune_audited, plan_case(tiny, tmp_path, 2, **CASE))
+    assert {"rank-00000.safetensors", "rank-00001.json", "COMMIT.json"} <= answers[0][0]
+    for opened, _ in answers:
+        assert {name.removesuffix(".unfinished").rpartition(".")[2] for name in opened} == {"safetensors", "json"}
+    assert losses(answers[0][1]) == losses(straight[1])[4:]
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads(trap)
+    assert (tmp_path / "sprung").exists(), "the trap does not work"
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def fine_tune_owning(me: Any, plan: Plan) -> list[Event]:
+    """Job: fine_tune under the right to write to the checkpoints, as a run takes it."""
+    from launcher.train.worker import _owned_storage
+
+    with _owned_storage(plan, me.rank):
+        return fine_tune(me, plan)
+
+
+@pytest.mark.checkpoints
+def test_a_second_run_on_the_same_checkpoints_is_refused_before_it_trains(one_rank: Ranks, tiny: Path, tmp_path: Path) -> None:
+    plan = plan_case(tiny, tmp_path, 1, **CASE)
+    with owner_process(plan.checkpoints) as pid, pytest.raises(AssertionError, match=rf"another run writes to .*process {pid} on"):
+        one_rank.run(fine_tune_owning, plan)
+    assert list_committed(open_storage(plan.checkpoints)) == []
+    assert len(losses(one_rank.run(fine_tune_owning, plan)[0])) == 6
+
+
 # --------------------------------------------------------------------------------------------------- made from something else
+
+
+def test_an_adapters_checkpoint_holds_what_is_trained_and_names_the_base(two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
+    """The base model by path, revision and hash; of its weights nothing."""
+    plan = plan_case(tiny, tmp_path, 2, method="qlora4", dtype="bf16")
+    two_ranks.run(fine_tune, plan, 3)
+    storage = open_storage(plan.checkpoints)
+    commit = load_commit(storage, 3)
+    assert commit.base_model == str(tiny / "model")
+    assert len(commit.identity["model.weights"]) == 32 and "model.revision" in commit.identity
+    manifests = [json.loads(storage.read(f"{commit.folder}/rank-{rank:05d}.json")) for rank in range(2)]
+    held = [fragment for manifest in manifests for fragment in manifest["fragments"] if fragment["kind"] != "random"]
+    assert held and all(".lora_" in fragment["name"] for fragment in held)
 
 
 def test_other_data_are_refused_and_let_through_by_key(two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:

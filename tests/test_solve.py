@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,13 @@ import pytest
 from launcher.cluster import Cluster
 from launcher.errors import RecipeError
 from launcher.plan import Plan, make_plan
+from launcher.plan.advise import suggest_nodes
+from launcher.plan.budget import VERDICTS
 from launcher.plan.devices import find_device, make_cluster
 from launcher.plan.dry_run import make_document, make_dry_run
-from launcher.plan.plan import make_choice, make_suggestions
-from launcher.plan.solve import apply_changes, make_candidates, suggest_nodes
+from launcher.plan.memory import count_trainable
+from launcher.plan.plan import make_choice, make_predictor, make_suggestions
+from launcher.plan.solve import Candidate, apply_changes, make_candidates
 from launcher.plan.sweep import is_axis, make_sweep, read_axis
 from launcher.recipe import Lora, QLora, Recipe, load_recipe
 from launcher.view_plan import format_changes
@@ -28,8 +33,8 @@ ALL_AUTO: dict[str, Any] = {
 }
 
 
-def recipe_of(model: str = LLAMA_8B, **sections: Any) -> Recipe:
-    base: dict[str, Any] = {"name": "p", "model": {"name_or_path": model}, "data": {"train": "hub://x/y", "seq_len": 2048}}
+def recipe_of(name: str = LLAMA_8B, **sections: Any) -> Recipe:
+    base: dict[str, Any] = {"name": "p", "model": {"name_or_path": name}, "data": {"train": "hub://x/y", "seq_len": 2048}}
     return Recipe.model_validate_json(json.dumps(base | sections))
 
 
@@ -222,3 +227,50 @@ def test_changes_reach_the_recipe_and_nothing_else() -> None:
     changed = apply_changes(recipe, {"data.seq_len": 64, "method": Lora(kind="lora", r=3), "method.alpha": 4.0, "memory.budget": "9GiB"})
     assert (changed.data.seq_len, changed.method, changed.memory.budget) == (64, Lora(kind="lora", r=3, alpha=4.0), "9GiB")
     assert changed.model == recipe.model and recipe.data.seq_len == 2048
+
+
+# ------------------------------------------------------------------------------------------------- the search
+
+
+EVERYTHING_AUTO: dict[str, Any] = {
+    "model": {"name_or_path": LLAMA_8B, "loss": "auto"},
+    "method": {"kind": "lora", "quantization": "auto"},
+    "parallel": {"zero_stage": "auto", "offload": "auto", "reduce_bucket_size": "auto"},
+    "memory": {"gradient_checkpointing": "auto"},
+}
+
+
+def test_thousands_of_candidates_are_considered_and_the_document_says_how_many() -> None:
+    recipe = recipe_of(**EVERYTHING_AUTO, batch={"global_batch_size": 1440}, data={"train": "hub://x/y", "seq_len": 1024})
+    plan = plan_of(recipe, on("rtx-4090", each=8))
+    document = make_document(make_dry_run(recipe, plan, explain=True))
+    assert plan.memory.verdict == "FITS" and document["candidates_total"] >= 2000
+    assert document["candidates_considered"] == len(document["candidates"]) <= document["candidates_total"]
+    assert all(c["device_total_bytes_p95"] or c["device_bytes_at_least"] > plan.memory.budget for c in document["candidates"])
+
+
+@pytest.mark.parametrize(
+    ("gpu", "each", "seq_len", "expected"), [("rtx-4090", 8, 1024, "FITS"), ("t4", 1, 8192, "FITS"), ("t4", 1, 98304, "DOES NOT FIT")]
+)
+def test_the_search_finds_what_trying_all_of_them_finds(gpu: str, each: int, seq_len: int, expected: str) -> None:
+    """Each candidate predicted exactly, with the allocator's replay, and the best taken; without quantisation, which makes no difference here."""
+    sections = copy.deepcopy(EVERYTHING_AUTO) | {"method": {"kind": "lora"}}
+    sections["model"]["name_or_path"] = LLAMA_1B
+    del sections["parallel"]["reduce_bucket_size"]
+    recipe = recipe_of(**sections, batch={"global_batch_size": 2 * each}, data={"train": "hub://x/y", "seq_len": seq_len})
+    cluster = on(gpu, each=each)
+    shape = plan_of(recipe_of(LLAMA_1B, parallel={"zero_stage": 3}, batch={"global_batch_size": each}), cluster).shape
+    choice = make_choice(recipe, shape, cluster)
+    everyone = make_candidates(recipe, shape, cluster, find_device(gpu), count_trainable(recipe, shape))
+    predict = make_predictor(shape, cluster, replay=True)
+    exact = [replace(c, memory=predict(c.recipe, c.layout, c.batch), is_exact=True) for c in everyone]
+
+    def rank(candidate: Candidate) -> tuple[int, float, int]:
+        assert candidate.memory is not None and candidate.verdict is not None
+        verdict = VERDICTS.index(candidate.verdict)
+        bare = candidate.memory.without_slack.device("total").p95
+        return verdict, bare if verdict == 2 else candidate.step_s, candidate.batch.micro_batch_size
+
+    best = min(exact, key=rank)
+    assert best.verdict == expected == choice.taken.verdict and len(everyone) == choice.total
+    assert best.changes == choice.taken.changes and best.memory == choice.taken.memory

@@ -37,7 +37,8 @@ class ShardRecord:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Commit:
     """A whole checkpoint. `state` is the loop's, `identity` what it was made from (see identity.py),
-    `scalars` what an optimizer keeps besides tensors; `best_step` is the best evaluation's, 0 for none."""
+    `scalars` what an optimizer keeps besides tensors; `best_step` is the best evaluation's, 0 for none. `base_model` is its path in the
+    recipe; its revision and the hash of its files are in `identity`."""
 
     step: int
     world_size: int
@@ -53,6 +54,7 @@ class Commit:
     total_steps: int = 0
     best_step: int = 0
     origin: str = ""
+    base_model: str = ""
     versions: dict[str, str] = field(default_factory=dict)
 
     @property

@@ -83,8 +83,13 @@ def _read(storage: Storage, chunks: list[_Chunk]) -> None:
         _read_request(storage, requests[0])
         return
     with ThreadPoolExecutor(THREADS, thread_name_prefix="checkpoint-read") as pool:
-        for _ in pool.map(lambda request: _read_request(storage, request), requests):
-            pass
+        readings = [pool.submit(_read_request, storage, request) for request in requests]
+        try:
+            for reading in readings:
+                reading.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)  # one damaged chunk is enough
+            raise
 
 
 def _join(chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:

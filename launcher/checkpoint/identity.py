@@ -24,6 +24,7 @@ FREE = (
     "model.name_or_path",  # its weights are compared instead
     "model.attn_implementation",
     "model.liger_kernel",
+    "model.loss",
     "model.trust_remote_code",
     "data.train",  # the tokens are compared instead
     "data.eval",

@@ -107,11 +107,13 @@ class LocalStorage:
 
     def list(self, folder: str = "") -> dict[str, int]:
         found = {}
-        for path in sorted((self._root / folder).rglob("*")):
-            with contextlib.suppress(FileNotFoundError):  # another process may be pruning
-                if path.is_file() and not path.name.endswith(UNFINISHED):
-                    found[str(path.relative_to(self._root))] = path.stat().st_size
-        return found
+        for place, _, names in os.walk(self._root / folder):  # which passes over folders that are gone: another process may be pruning
+            for name in names:
+                path = Path(place, name)
+                with contextlib.suppress(FileNotFoundError):
+                    if not name.endswith(UNFINISHED):
+                        found[str(path.relative_to(self._root))] = path.stat().st_size
+        return dict(sorted(found.items()))
 
     def delete(self, name: str) -> None:
         path = self._root / name

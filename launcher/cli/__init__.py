@@ -5,6 +5,7 @@ Nothing heavy is imported here: `lepton-launch --help` answers before torch woul
 
 from __future__ import annotations
 
+import gc
 import sys
 
 from launcher.cli import calibrate, checkpoints, doctor, jobs, models, recipes, run  # noqa: F401  verbs join the app as they are imported
@@ -15,6 +16,7 @@ __all__ = ["VERBS", "app", "main"]
 
 def main() -> None:
     """The entry point. A terminal that cannot show a character shows a question mark, not an error."""
+    gc.set_threshold(100_000)  # a plan makes many small objects and few cycles; scanning for those took a tenth of a dry run
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")

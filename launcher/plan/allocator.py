@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections.abc import Iterable
+from typing import Any
 
 from launcher.units import MIB
 
@@ -21,71 +22,90 @@ def round_up(size: int, to: int) -> int:
 
 
 class _Block:
-    __slots__ = ("after", "before", "free", "offset", "segment", "size")
+    __slots__ = ("after", "before", "free", "offset", "pool", "segment", "size")
 
-    def __init__(self, segment: int, offset: int, size: int) -> None:
-        self.segment, self.offset, self.size = segment, offset, size
+    def __init__(self, pool: _Pool, segment: int, offset: int, size: int, before: Any = None, after: Any = None) -> None:
+        self.pool, self.segment, self.offset, self.size = pool, segment, offset, size
         self.free = True
-        self.before: _Block | None = None
-        self.after: _Block | None = None
+        self.before: Any = before
+        self.after: Any = after
 
 
 class _Pool:
-    """Free blocks in the order of the search: by size, then by place."""
+    """Blocks of one of torch's two pools. `free` is in order of size, then place: the first that is large enough is the best fit."""
 
-    __slots__ = ("free", "small", "tail")
+    __slots__ = ("free", "least", "small", "tail")
 
-    def __init__(self, small: bool) -> None:
+    def __init__(self, small: bool, expandable: bool) -> None:
         self.small = small
-        self.free: list[tuple[int, int, int]] = []
+        self.free: list[tuple[int, int, int, _Block]] = []
         self.tail: _Block | None = None
+        self.least = ROUND_TO if small or expandable else SMALL_LIMIT + 1
+        """A block is split where so much is left."""
 
 
 class Allocator:
-    """What is reserved and allocated, now and at most."""
+    """What is reserved and allocated, now and at most. A replay makes a hundred thousand calls: hence no helpers on its way."""
 
     def __init__(self, *, expandable: bool, limit: int | None = None) -> None:
         self.expandable, self.limit = expandable, limit
         self.reserved = self.allocated = 0
         self.peak_reserved = self.peak_allocated = 0
         self.segments = 0
-        self.pools = (_Pool(False), _Pool(True))
-        self.blocks: dict[tuple[int, int], _Block] = {}
-        self.held: dict[int, tuple[_Block, _Pool]] = {}
+        self.large, self.small = _Pool(False, expandable), _Pool(True, expandable)
+        self.held: dict[int, _Block] = {}
 
     def allocate(self, key: int, size: int) -> None:
-        size = max(ROUND_TO, round_up(size, ROUND_TO))
-        pool = self.pools[size <= SMALL_LIMIT]
-        block = self._find(pool, size) or self._grow(pool, size)
-        rest = block.size - size
-        if rest >= ROUND_TO if (pool.small or self.expandable) else rest > SMALL_LIMIT:
-            self._split(pool, block, size)
+        size = -(-size // ROUND_TO) * ROUND_TO or ROUND_TO
+        pool = self.small if size <= SMALL_LIMIT else self.large
+        free = pool.free
+        index = bisect_left(free, (size,))
+        block = free.pop(index)[3] if index < len(free) else self._grow(pool, size)
+        left = block.size - size
+        if left >= pool.least:
+            after = block.after
+            rest = _Block(pool, block.segment, block.offset + size, left, block, after)
+            if after is not None:
+                after.before = rest
+            block.after, block.size = rest, size
+            if pool.tail is block:
+                pool.tail = rest
+            insort(free, (left, rest.segment, rest.offset, rest))
         block.free = False
-        self.held[key] = (block, pool)
+        self.held[key] = block
         self.allocated += block.size
-        self.peak_allocated = max(self.peak_allocated, self.allocated)
-        self.peak_reserved = max(self.peak_reserved, self.reserved)
+        if self.allocated > self.peak_allocated:
+            self.peak_allocated = self.allocated
+        if self.reserved > self.peak_reserved:
+            self.peak_reserved = self.reserved
 
     def free(self, key: int) -> None:
-        block, pool = self.held.pop(key)
-        self.allocated -= block.size
-        block.free = True
-        if block.after is not None and block.after.free:
-            self._take(pool, block.after)
-            self._join(pool, block, block.after)
-        if block.before is not None and block.before.free:
-            before = block.before
-            self._take(pool, before)
-            self._join(pool, before, block)
+        block = self.held.pop(key)
+        pool, size = block.pool, block.size
+        free = pool.free
+        self.allocated -= size
+        after, before = block.after, block.before
+        if after is not None and after.free:
+            del free[bisect_left(free, (after.size, after.segment, after.offset))]
+            size += after.size
+            block.size = size
+            if pool.tail is after:
+                pool.tail = block
+            block.after = after = after.after
+            if after is not None:
+                after.before = block
+        if before is not None and before.free:
+            del free[bisect_left(free, (before.size, before.segment, before.offset))]
+            size += before.size
+            before.size = size
+            if pool.tail is block:
+                pool.tail = before
+            before.after = after
+            if after is not None:
+                after.before = before
             block = before
-        self._give(pool, block)
-
-    def _find(self, pool: _Pool, size: int) -> _Block | None:
-        index = bisect_left(pool.free, (size, -1, -1))
-        if index == len(pool.free):
-            return None
-        _, segment, offset = pool.free.pop(index)
-        return self.blocks[segment, offset]
+        block.free = True
+        insort(free, (size, block.segment, block.offset, block))
 
     def _grow(self, pool: _Pool, size: int) -> _Block:
         if self.expandable:
@@ -95,64 +115,33 @@ class Allocator:
             self.empty_cache()  # what torch does before it gives up
         self.segments += 1
         self.reserved += length
-        return self._make(self.segments, 0, length)
+        return _Block(pool, self.segments, 0, length)
 
     def _extend(self, pool: _Pool, size: int) -> _Block:
         page = SMALL_SEGMENT if pool.small else LARGE_SEGMENT
         tail = pool.tail
         if tail is not None and tail.free:
-            self._take(pool, tail)
+            del pool.free[bisect_left(pool.free, (tail.size, tail.segment, tail.offset))]
             more = round_up(size - tail.size, page)
             tail.size += more
             self.reserved += more
             return tail
         length = round_up(size, page)
         self.reserved += length
-        block = self._make(-1 if pool.small else 0, tail.offset + tail.size if tail is not None else 0, length)
+        block = _Block(pool, 0, tail.offset + tail.size if tail is not None else 0, length, tail)
         if tail is not None:
-            tail.after, block.before = block, tail
+            tail.after = block
         pool.tail = block
         return block
 
-    def _make(self, segment: int, offset: int, size: int) -> _Block:
-        block = _Block(segment, offset, size)
-        self.blocks[segment, offset] = block
-        return block
-
-    def _split(self, pool: _Pool, block: _Block, size: int) -> None:
-        rest = self._make(block.segment, block.offset + size, block.size - size)
-        rest.before, rest.after = block, block.after
-        if block.after is not None:
-            block.after.before = rest
-        block.after, block.size = rest, size
-        if pool.tail is block:
-            pool.tail = rest
-        self._give(pool, rest)
-
-    def _join(self, pool: _Pool, left: _Block, right: _Block) -> None:
-        left.size += right.size
-        left.after = right.after
-        if right.after is not None:
-            right.after.before = left
-        if pool.tail is right:
-            pool.tail = left
-        del self.blocks[right.segment, right.offset]
-
-    def _give(self, pool: _Pool, block: _Block) -> None:
-        insort(pool.free, (block.size, block.segment, block.offset))
-
-    def _take(self, pool: _Pool, block: _Block) -> None:
-        del pool.free[bisect_left(pool.free, (block.size, block.segment, block.offset))]
-
     def empty_cache(self) -> None:
         """torch.cuda.empty_cache: whole free segments go back to the driver."""
-        for pool in self.pools:
-            for size, segment, offset in list(pool.free):
-                block = self.blocks[segment, offset]
-                if block.before is None and block.after is None and not self.expandable:
-                    pool.free.remove((size, segment, offset))
-                    del self.blocks[segment, offset]
-                    self.reserved -= size
+        if self.expandable:
+            return
+        for pool in (self.large, self.small):
+            kept = [entry for entry in pool.free if entry[3].before is not None or entry[3].after is not None]
+            self.reserved -= sum(entry[0] for entry in pool.free) - sum(entry[0] for entry in kept)
+            pool.free[:] = kept
 
 
 def replay(events: Iterable[tuple[str, int, int]], *, expandable: bool, limit: int | None = None) -> dict[str, tuple[int, int]]:
@@ -161,15 +150,26 @@ def replay(events: Iterable[tuple[str, int, int]], *, expandable: bool, limit: i
     Size 0 empties the cache. `limit` is what the device has: before it is passed, cached segments are given back.
     """
     allocator = Allocator(expandable=expandable, limit=limit)
+    allocate, free = allocator.allocate, allocator.free
     peaks: dict[str, tuple[int, int]] = {}
+    current = ""
     for phase, size, key in events:
+        if phase != current:
+            _note(peaks, current, allocator)
+            current, began = phase, True
         if size > 0:
-            allocator.allocate(key, size)
+            allocate(key, size)
         elif size < 0:
-            allocator.free(key)
+            free(key)
         else:
             allocator.empty_cache()
-        reserved, allocated = peaks.get(phase, (0, 0))
-        if allocator.reserved > reserved or allocator.allocated > allocated:
-            peaks[phase] = (max(reserved, allocator.reserved), max(allocated, allocator.allocated))
+        if began:  # what is left from the phase before is not this one's
+            allocator.peak_reserved, allocator.peak_allocated, began = allocator.reserved, allocator.allocated, False
+    _note(peaks, current, allocator)
     return peaks
+
+
+def _note(peaks: dict[str, tuple[int, int]], phase: str, allocator: Allocator) -> None:
+    if phase:
+        reserved, allocated = peaks.get(phase, (0, 0))
+        peaks[phase] = (max(reserved, allocator.peak_reserved), max(allocated, allocator.peak_allocated))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 SCHEMA_VERSION = 1
@@ -21,6 +21,8 @@ Provenance = Literal["exact", "source", "fitted", "assumed"]
 measured somewhere; assumed: a guess that is said to be one."""
 FigureName = Literal["allocated", "reserved", "total"]
 Verdict = Literal["FITS", "TIGHT", "DOES NOT FIT"]
+VERDICTS: tuple[Verdict, ...] = ("FITS", "TIGHT", "DOES NOT FIT")
+"""From good to bad."""
 
 MARGIN = 0.03
 """A run whose P95 comes this near to the budget (as a share of it) is TIGHT."""
@@ -76,6 +78,9 @@ class Phase:
     def total_bytes(self) -> int:
         return self.figure("total").p50
 
+    def without(self, name: str) -> Phase:
+        return replace(self, components=tuple(part for part in self.components if part.name != name))
+
     def figure(self, name: FigureName) -> Figure:
         return add_up(part for part in self.components if _counts(part, name))
 
@@ -103,6 +108,8 @@ class DiskNeed:
     """As many as the run keeps, and the one being written."""
     export_bytes: int
     """The exported model or adapter."""
+    nvme_bytes: int = 0
+    """Offloaded states, on each machine's own NVMe disk."""
 
     @property
     def run_folder_bytes(self) -> int:
@@ -152,8 +159,12 @@ class MemoryPlan:
         verdicts = [judge(self.device("total"), self.budget)]
         if self.host_budget is not None:
             verdicts.append(judge(self.host, self.host_budget))
-        order: tuple[Verdict, ...] = ("FITS", "TIGHT", "DOES NOT FIT")
-        return max(verdicts, key=order.index)
+        return max(verdicts, key=VERDICTS.index)
+
+    @property
+    def without_slack(self) -> MemoryPlan:
+        """What is needed were the allocator perfect: never more than what a replay of it adds to."""
+        return replace(self, phases=tuple(phase.without("allocator slack") for phase in self.phases))
 
     def to_dict(self) -> dict[str, Any]:
         """The documented schema (docs/plan.md); from_dict gives the plan back."""
@@ -166,7 +177,8 @@ class MemoryPlan:
             "host": {"total_bytes": self.host.p50, "total_bytes_p95": self.host.p95, "budget_bytes": self.host_budget,
                      "decisive_phase": self.host_decisive.name, "phases": [_phase_dict(phase) for phase in self.host_phases]},
             "disk": {"checkpoint_bytes": self.disk.checkpoint_bytes, "kept_checkpoints_bytes": self.disk.kept_checkpoints_bytes,
-                     "export_bytes": self.disk.export_bytes, "run_folder_bytes": self.disk.run_folder_bytes},
+                     "export_bytes": self.disk.export_bytes, "run_folder_bytes": self.disk.run_folder_bytes,
+                     "nvme_bytes": self.disk.nvme_bytes},
             "network": {"bytes_a_step_a_rank": self.network_bytes},
             "phases": [_phase_dict(phase) for phase in self.phases],
             "notes": list(self.notes),
@@ -182,7 +194,7 @@ class MemoryPlan:
             phases=tuple(_read_phase(phase) for phase in facts["phases"]),
             host_phases=tuple(_read_phase(phase) for phase in facts["host"]["phases"]),
             disk=DiskNeed(checkpoint_bytes=disk["checkpoint_bytes"], kept_checkpoints_bytes=disk["kept_checkpoints_bytes"],
-                          export_bytes=disk["export_bytes"]),
+                          export_bytes=disk["export_bytes"], nvme_bytes=disk.get("nvme_bytes", 0)),
             network_bytes=facts["network"]["bytes_a_step_a_rank"],
             budget=facts["budget_bytes"],
             host_budget=facts["host"]["budget_bytes"],

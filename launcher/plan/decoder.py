@@ -12,12 +12,12 @@ from launcher.plan.experts import gated_mlp, mixture
 from launcher.plan.forward import Block, Pass, attend, layer_type, rotary_width, rotate_part, uses_rope
 from launcher.plan.inventory import head_dim, is_sparse, kv_heads
 from launcher.plan.latent import latent_attention, latent_mixture
+from launcher.plan.linears import linear
 from launcher.plan.llama4 import llama4_attention, llama4_mixture, llama4_mlp
 from launcher.plan.operators import (
     add,
     cast,
     join,
-    linear,
     mul,
     mul_table,
     part,
@@ -120,9 +120,9 @@ def attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Tensor:
             turning = rotary_width(config)
             query, key = rotate_part(tape, query, cos, sin, width, turning), rotate_part(tape, key, cos, sin, width, turning)
         else:
-            turned = rotate(tape, query, cos, sin)
-            query, key = cast(tape, turned, query.width), cast(tape, rotate(tape, key, cos, sin), key.width)
-            del turned
+            turned, turned_key = rotate(tape, query, cos, sin), rotate(tape, key, cos, sin)
+            query, key = cast(tape, turned, query.width), cast(tape, turned_key, key.width)
+            del turned, turned_key
     at = Heads(rows=run.rows, queries=run.columns, keys=run.columns, heads=heads, kv_heads=keys, width=width, value_width=width,
                heads_first=kind == "phi3")  # fmt: skip
     mixed = attend(run, query, key, value, run.masks[layer_type(config, layer)], at)

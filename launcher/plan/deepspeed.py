@@ -56,8 +56,9 @@ def _make_zero(layout: Layout, bucket: int, hidden_size: int) -> dict[str, Any]:
             "memory_efficient_linear": layout.accelerator != "cpu" or not layout.gradient_checkpointing,
         }
     pin = layout.accelerator == "cuda"
+    place = {"device": "cpu"} if layout.nvme_path is None else {"device": "nvme", "nvme_path": layout.nvme_path}
     if layout.offload_optimizer:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pin}
+        zero["offload_optimizer"] = {**place, "pin_memory": pin} | ({"buffer_count": 4} if layout.nvme_path else {})
     if layout.offload_param:
-        zero["offload_param"] = {"device": "cpu", "pin_memory": pin}
+        zero["offload_param"] = {**place, "pin_memory": pin} | ({"buffer_count": 5, "buffer_size": 100_000_000} if layout.nvme_path else {})
     return zero

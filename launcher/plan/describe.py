@@ -42,8 +42,10 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
             "compute",
             f"ZeRO-{layout.zero_stage}, {layout.dtype}, {layout.attn_implementation} attention"
             + (", Liger kernels" if layout.liger_kernel else "")
+            + (f", {layout.loss} loss" if layout.loss != "plain" else "")
             + (", gradient checkpointing" if layout.gradient_checkpointing else "")
-            + (f", {' and '.join(offload)} offloaded to host memory" if offload else ""),
+            + (" to host memory" if layout.checkpoints_on_host else "")
+            + (f", {' and '.join(offload)} offloaded to {'NVMe' if layout.nvme_path else 'host memory'}" if offload else ""),
         ),
         ("memory", _describe_memory(plan)),
         ("run folder", plan.run_dir),

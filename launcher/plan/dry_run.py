@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from launcher.errors import RecipeError
+from launcher.plan.advise import Suggestion, suggest_nodes
 from launcher.plan.budget import MemoryPlan
 from launcher.plan.calibration import find_calibration, find_rates
 from launcher.plan.plan import Plan, make_choice, make_plan, make_suggestions
-from launcher.plan.solve import Candidate, Choice, Suggestion, suggest_nodes
+from launcher.plan.solve import Candidate, Choice
 from launcher.plan.speed import Speed, estimate_run, estimate_step
 from launcher.recipe import Recipe
 
@@ -85,6 +86,7 @@ def make_document(dry: DryRun) -> dict[str, Any]:
     if dry.choice is not None:
         document["candidates"] = [_candidate_facts(item, taken=item is dry.choice.taken) for item in dry.choice.considered]
         document["candidates_total"] = dry.choice.total
+        document["candidates_considered"] = len(dry.choice.considered)
     document["plan"] = dry.plan.to_dict()
     return document
 
@@ -108,6 +110,8 @@ def _candidate_facts(item: Candidate, *, taken: bool) -> dict[str, Any]:
         "changes": {key: _plain(value) for key, value in item.changes.items()},
         "step_s": item.step_s,
         "device_total_bytes_p95": None if item.memory is None else item.memory.device("total").p95,
+        "device_bytes_at_least": item.floor or None,
+        "is_exact": item.is_exact,
         "verdict": item.verdict,
         "taken": taken,
     }

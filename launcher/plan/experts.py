@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from launcher.plan.fused import fused_gate
 from launcher.plan.inventory import Config, num_experts
+from launcher.plan.linears import linear
 from launcher.plan.operators import (
     FP32,
     add,
     cast,
     clamp,
     gather_rows,
-    linear,
-    matmul,
+        matmul,
     mul,
     part,
     pointwise,
@@ -48,6 +49,11 @@ def mixture(tape: Tape, config: Config, block: dict[str, Any], hidden: Tensor) -
 
 
 def gated_mlp(tape: Tape, block: dict[str, Any], name: str, hidden: Tensor) -> Tensor:
+    if tape.fused:
+        gate, up = linear(tape, hidden, block[f"{name}.gate_proj"]), linear(tape, hidden, block[f"{name}.up_proj"])
+        mixed = fused_gate(tape, gate, up)
+        del gate, up
+        return linear(tape, mixed, block[f"{name}.down_proj"])
     return linear(
         tape, mul(tape, pointwise(tape, linear(tape, hidden, block[f"{name}.gate_proj"])), linear(tape, hidden, block[f"{name}.up_proj"])),
         block[f"{name}.down_proj"],

@@ -26,7 +26,7 @@ class Gathered:
 def gather(work: Workload, sharding: Sharding) -> Gathered:
     """A layer is fetched in one buffer and copied out of it; the next parameters are fetched ahead; what is used again within
     `max_reuse` elements after the last layer stays (the head always, the last layers of a small model)."""
-    layers, head, embedding, largest = _sizes(work, sharding)
+    layers, head, embedding, largest = sizes_of(work, sharding)
     if sharding.stage != 3 or not layers:
         return Gathered(forward=0, loss=0, backward=0, largest=0, largest_layer=0)
     layer_bytes = max(size for size, _ in layers)
@@ -43,7 +43,7 @@ def gather(work: Workload, sharding: Sharding) -> Gathered:
                     largest_layer=layer_bytes)  # fmt: skip
 
 
-def _sizes(work: Workload, sharding: Sharding) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[int, int], int]:
+def sizes_of(work: Workload, sharding: Sharding) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[int, int], int]:
     """Bytes and elements of each layer, of the head, of the embedding; the largest parameter's bytes. Small parameters are whole anyway."""
     shape, method = work.shape, work.method
     by_layer: dict[int, tuple[int, int]] = {}

@@ -49,17 +49,19 @@ def make_host_phases(
             Component(name="checkpoint staging", bytes=staged * workers, provenance="source", error=0.05),
             Component(name="weights", bytes=exported, provenance="source", error=0.05),
         ],
+        # train/resume.py reads a rank's part of the checkpoint before it is put in its place.
+        "resume": [*held, Component(name="checkpoint staging", bytes=staged * workers, provenance="source", error=0.05)],
     }
     return tuple(Phase(name=name, components=tuple(c for c in parts if c.bytes)) for name, parts in phases.items())
 
 
-def make_disk(recipe: Recipe, shape: ModelShape, counts: Counts, width: int) -> DiskNeed:
+def make_disk(recipe: Recipe, shape: ModelShape, counts: Counts, width: int, *, nvme: int = 0) -> DiskNeed:
     """A checkpoint holds the fp32 masters and the optimizer's states of what is trained; the next is written before the oldest goes."""
     states = optimizer_bytes(recipe.optim.name, bool(recipe.optim.momentum), (counts.trained,), flat=True)
     checkpoint = 4 * counts.trained + states
     adapters = isinstance(recipe.method, Lora | QLora)
     return DiskNeed(checkpoint_bytes=checkpoint, kept_checkpoints_bytes=(recipe.save.keep + 1) * checkpoint,
-                    export_bytes=width * (counts.trained if adapters else shape.num_params))  # fmt: skip
+                    export_bytes=width * (counts.trained if adapters else shape.num_params), nvme_bytes=nvme)  # fmt: skip
 
 
 def make_network(counts: Counts, sharding: Sharding, width: int, micro_steps: int) -> int:

@@ -31,6 +31,11 @@ class Layout:
     zero_init: bool
     leaf_modules: bool
     gradient_checkpointing: bool
+    checkpoints_on_host: bool = False
+    """Whether what gradient checkpointing keeps is moved to host memory."""
+    loss: Literal["plain", "chunked", "liger"] = "plain"
+    nvme_path: str | None = None
+    """Where offloaded states are kept on disk; None keeps them in host memory."""
 
     @property
     def world_size(self) -> int:
@@ -49,20 +54,25 @@ def make_layout(recipe: Recipe, cluster: Cluster) -> tuple[Layout, list[str]]:
     dtype = _choose_dtype(recipe, cluster, notes)
     attention = recipe.model.attn_implementation
     if attention == "auto":
-        attention = "flash_attention_2" if cuda and dtype != "fp32" and _installed("flash_attn") else "sdpa"
+        attention = "flash_attention_2" if cuda and dtype != "fp32" and is_installed("flash_attn") else "sdpa"
         notes.append(f"attention: {attention}" + ("" if attention != "sdpa" or not cuda else " (flash_attn is not installed)"))
     elif attention == "flash_attention_2" and not cuda:
         raise RecipeError(
             [Fault("plan", "model.attn_implementation", "flash_attention_2 needs a GPU, and this cluster has none", "use auto")]
         )
     liger = recipe.model.liger_kernel
-    if liger is True and not (cuda and _installed("liger_kernel")):
+    if liger is True and not (cuda and is_installed("liger_kernel")):
         missing = "a GPU, and this cluster has none" if not cuda else "the package liger-kernel"
         raise RecipeError([Fault("plan", "model.liger_kernel", f"needs {missing}", "use auto")])
-    liger = cuda and liger is not False and _installed("liger_kernel")
+    liger = cuda and liger is not False and is_installed("liger_kernel")
+    if recipe.model.loss == "liger" and not cuda:
+        raise RecipeError(
+            [Fault("plan", "model.loss", "liger needs a GPU, and this cluster has none", "use chunked, which takes as little")]
+        )
     parallel, stage = recipe.parallel, recipe.parallel.zero_stage
     checkpointing = recipe.memory.gradient_checkpointing
-    if stage == "auto" or checkpointing == "auto":
+    loss = recipe.model.loss
+    if stage == "auto" or checkpointing == "auto" or loss == "auto":
         raise ValueError("a layout is made of a recipe that leaves nothing to choose (launcher.plan.solve)")
     in_8_bits = isinstance(recipe.method, QLora) and recipe.method.bits == 8
     pissa = isinstance(recipe.method, Lora) and recipe.method.init == "pissa"
@@ -88,7 +98,10 @@ def make_layout(recipe: Recipe, cluster: Cluster) -> tuple[Layout, list[str]]:
         offload_param=parallel.offload_param,
         zero_init=zero_init,
         leaf_modules=leaf,
-        gradient_checkpointing=checkpointing,
+        gradient_checkpointing=bool(checkpointing),
+        checkpoints_on_host=checkpointing == "offload" and cuda,
+        loss=loss,
+        nvme_path=parallel.nvme_path,
     )
     return layout, notes
 
@@ -108,5 +121,5 @@ def _choose_dtype(recipe: Recipe, cluster: Cluster, notes: list[str]) -> Dtype:
     return chosen
 
 
-def _installed(package: str) -> bool:
+def is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None

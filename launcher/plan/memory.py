@@ -15,23 +15,31 @@ from launcher.plan.allocator import replay as replay_allocator
 from launcher.plan.batch import BatchPlan
 from launcher.plan.budget import COMPONENTS, Component, FigureName, MemoryPlan, Phase, Provenance
 from launcher.plan.decoder import CLOSED_FORMS
+from launcher.plan.fused import FUSED
 from launcher.plan.gathering import Gathered, gather
 from launcher.plan.host import make_disk, make_host_phases, make_network
 from launcher.plan.layout import Layout
 from launcher.plan.products import predict_products
-from launcher.plan.profile import Peak, StepProfile, profile_evaluation, profile_step
+from launcher.plan.profile import Peak, StepProfile, bound_step, profile_evaluation, profile_step
 from launcher.plan.shape import ModelShape
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
-from launcher.plan.timeline import Story, tell_step
+from launcher.plan.timeline import Event, Story, tell_step
+from launcher.plan.trainable import as_trained
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
-from launcher.units import DTYPE_BYTES, GIB, MIB
+from launcher.units import DTYPE_BYTES, GIB, MIB, format_bytes
 
 
 class Tracer(Protocol):
-    """Gives the profile of a workload by running its model on the meta device, or None where that cannot be."""
+    """Runs a model on the meta device."""
 
-    def __call__(self, work: Workload, *, keep_gradients: bool) -> StepProfile | None: ...
+    def profile(self, work: Workload, *, keep_gradients: bool) -> StepProfile | str:
+        """The profile of a micro-step, or why there is none."""
+        ...
+
+    def count(self, shape: ModelShape) -> ModelShape:
+        """The shape of a model of an unknown architecture, with every parameter it has; the same shape where it cannot be built."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,21 +86,22 @@ def count_trainable(recipe: Recipe, shape: ModelShape) -> int:
 
 def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan) -> Workload:
     """What one rank computes in a micro-step."""
-    flat = layout.packs_flat
+    flat, shape = layout.packs_flat, as_trained(shape)
     return Workload(
         shape=shape,
         method=method_facts(recipe),
         width=DTYPE_BYTES[layout.dtype],
         device=layout.accelerator,
         attention=layout.attn_implementation,  # type: ignore[arg-type]
-        loss="plain",
-        checkpointing="on" if layout.gradient_checkpointing else "off",
+        loss=layout.loss,
+        checkpointing="offload" if layout.checkpoints_on_host else "on" if layout.gradient_checkpointing else "off",
         micro_batch_size=batch.micro_batch_size,
         seq_len=batch.seq_len,
         # The last position predicts nothing. Which others carry no loss is in the data, so all are counted.
         loss_columns=(batch.micro_batch_size * batch.seq_len if flat else batch.seq_len) - 1,
         # Padding is a sequence of its own (train/data.py), and needs the mask that packs do.
         packed=recipe.data.packing or batch.micro_batch_size > 1,
+        fused=layout.liger_kernel and shape.model_type in FUSED,
     )
 
 
@@ -104,7 +113,7 @@ def make_sharding(layout: Layout, deepspeed: Mapping[str, Any]) -> Sharding:
         offload_optimizer=layout.offload_optimizer, offload_param=layout.offload_param,
         prefetch=zero.get("stage3_prefetch_bucket_size", 0), persistence=zero.get("stage3_param_persistence_threshold", 0),
         max_reuse=zero.get("stage3_max_reuse_distance", 0), sub_group=zero.get("sub_group_size", 1_000_000_000), zero_init=layout.zero_init,
-        leaf_modules=layout.leaf_modules,
+        leaf_modules=layout.leaf_modules, nvme=layout.nvme_path is not None,
     )  # fmt: skip
 
 
@@ -121,38 +130,30 @@ def predict_memory(
     overheads: Overheads = DEFAULT_OVERHEADS,
     expandable_segments: bool = False,
     tracer: Tracer | None = None,
+    work: Workload | None = None,
 ) -> MemoryPlan:
     """What the run needs, phase by phase. `deepspeed` is its configuration; `budget` is the device's memory unless told.
 
     With `replay` the allocator is simulated and every layer computed; without, its slack is a share and a deep model's layers are
-    extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step of a model that has no closed form.
+    extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step, where there is one.
+    `work` is what a rank computes, where it is not what this launcher's loop would.
     """
-    work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
+    work, sharding = work or make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     counts = count_states(work)
     states = make_states(
         counts, sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
         micro_steps=batch.gradient_accumulation_steps,
     )  # fmt: skip
-    notes: list[str] = []
-    profile, acting = None, work
-    if not (shape.is_known and shape.model_type in CLOSED_FORMS):
-        profile = tracer(work, keep_gradients=sharding.stage < 2) if tracer is not None else None
-        if profile is None:
-            notes.append(
-                f"activations: counted as those of a Llama of the same sizes, because a {shape.model_type} has no exact arithmetic here"
-            )
-            acting = replace(work, shape=as_llama(shape))
-        else:
-            notes.append(f"activations: traced on the meta device, because a {shape.model_type} has no exact arithmetic here")
+    profile, acting, notes = _choose_profile(work, sharding.stage < 2, tracer)
     parts = Parts(work, acting, sharding, counts, states, batch.gradient_accumulation_steps)
-    phases = _make_phases(parts, profile, exact=replay, known=profile is not None or not notes)
+    phases = _make_phases(parts, profile, exact=replay, known=profile is not None or acting is work)
     story = (
         tell_step(parts.acting, states, sharding, parts.keeps, batch.gradient_accumulation_steps)
         if replay and layout.accelerator == "cuda"
         else None
     )
     limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
-    slack = _make_slack(phases, story, expandable_segments, limit)
+    slack = _make_slack(phases, story, expandable_segments, limit, alike=profile is None)
     finished = tuple(
         Phase(name=name, components=_finish(components, slack[name], work, overheads, sharding, name))
         for name, components in phases.items()
@@ -163,12 +164,54 @@ def predict_memory(
     return MemoryPlan(
         phases=finished,
         host_phases=host,
-        disk=make_disk(recipe, shape, counts, work.width),
+        disk=make_disk(recipe, shape, counts, work.width, nvme=states.nvme * layout.workers_per_node),
         network_bytes=make_network(counts, sharding, work.width, batch.gradient_accumulation_steps),
         budget=budget if budget is not None else cluster.device_memory,
         host_budget=cluster.host_memory if cluster.host_memory > 1 else None,
         notes=tuple(notes),
     )
+
+
+def has_closed_form(shape: ModelShape) -> bool:
+    """Whether the micro-step of this model is told exactly."""
+    return shape.is_known and shape.model_type in CLOSED_FORMS
+
+
+def _choose_profile(work: Workload, keep_gradients: bool, tracer: Tracer | None) -> tuple[StepProfile | None, Workload, list[str]]:
+    """A trace where there is a tracer; otherwise the workload that the tape is asked for, a Llama's where the model's own is not known."""
+    known, kind = has_closed_form(work.shape), work.shape.config.get("model_type")
+    acting = work if known else replace(work, shape=as_llama(work.shape))
+    found = tracer.profile(work, keep_gradients=keep_gradients) if tracer is not None else ""
+    if isinstance(found, StepProfile):
+        why = "" if known else f", because {kind} has no exact arithmetic here"
+        dense = "; a quantised base is traced dense, and its products keep less" if work.method.bits != 16 else ""
+        return found, acting, [f"activations: traced on the meta device{why}{dense}"]
+    if known:
+        return None, work, []
+    reason = f" (not traced: {found})" if found else ""
+    return None, acting, [
+        f"activations: counted as those of a Llama of the same sizes, because {kind} has no exact arithmetic here{reason}"
+    ]  # fmt: skip
+
+
+def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan, *, deepspeed: Mapping[str, Any]) -> int:
+    """Bytes of a device that the run needs at least: what it holds, at the step, while it loads, and with activations that cannot be fewer."""
+    work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
+    states = make_states(
+        count_states(work), sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
+        micro_steps=batch.gradient_accumulation_steps,
+    )  # fmt: skip
+    parts = Parts(work, work, sharding, count_states(work), states, batch.gradient_accumulation_steps)
+    held = states.weights + states.persistent + states.quant_state + states.adapters + states.master + states.optimizer
+    loading = 0 if sharding.stage == 3 and sharding.zero_init else sum(c.bytes for c in _loading(parts, NOTHING_GATHERED))
+    several, two, three = (
+        batch.gradient_accumulation_steps > 1,
+        *(make_workload(recipe, shape, layout, replace(batch, micro_batch_size=m)) for m in (2, 3)),
+    )
+    step = (
+        bound_step(work, two, three, keep_gradients=parts.keeps, gradients_exist=parts.keeps and several) if has_closed_form(shape) else 0
+    )
+    return max(held + states.gradients + step, held + states.step_peak, loading)
 
 
 def as_llama(shape: ModelShape) -> ModelShape:
@@ -248,6 +291,7 @@ def _make_phases(parts: Parts, traced: StepProfile | None, *, exact: bool, known
                        *computing(profile.forward if traced else profile_evaluation(parts.acting), max(gathered.forward, gathered.loss))],
         "save": [*held, *always, *(gradients if sharding.stage == 3 else []),
                  part("gathered parameters", _exported_at_once(parts, gathered), "source", 0.1)],
+        "resume": [*held, *always, *(gradients if sharding.stage == 3 else [])],
     }  # fmt: skip
 
 
@@ -260,6 +304,9 @@ def _exported_at_once(parts: Parts, gathered: Gathered) -> int:
         return 0
     wanted = parts.counts.trained if parts.work.method.r else parts.work.shape.num_params
     return 2 * max(gathered.largest, parts.work.width * min(EXPORT_ELEMENTS, wanted))
+
+
+NOTHING_GATHERED = Gathered(forward=0, loss=0, backward=0, largest=0, largest_layer=0)
 
 
 def _loading(parts: Parts, gathered: Gathered) -> Held:
@@ -278,14 +325,19 @@ def _loading(parts: Parts, gathered: Gathered) -> Held:
             part("adapters", work.width * counts.adapters), part("dequantisation workspace", turning, "source", 0.5)]  # fmt: skip
 
 
-def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, limit: int) -> dict[str, Component]:
-    """What the allocator reserves beyond what is allocated: replayed on a device of `limit` bytes, or a share where it is not."""
+def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, limit: int, *, alike: bool) -> dict[str, Component]:
+    """What the allocator reserves beyond what is allocated: replayed on a device of `limit` bytes, or a share where it is not.
+
+    `alike`: the story is of the very bytes that the phases hold; otherwise the share that is reserved beyond its own is taken.
+    """
     if story is None:
         return {
             name: part("allocator slack", int(0.06 * sum(c.bytes for c in parts)), "assumed", 1.0, "reserved")
             for name, parts in phases.items()
         }
     least = max(sum(c.bytes for c in parts) for parts in phases.values())
+    beside = [sum(_reserve(events, mode) for events in story.side) for mode in (False, True)]
+    limit -= max(beside)
     within = limit if limit > least else None  # what cannot fit shows what it would take
     native, growing = (replay_allocator(story.events, expandable=mode, limit=within) for mode in (False, True))
     chosen = growing if expandable else native
@@ -294,13 +346,21 @@ def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, 
     for name, parts in phases.items():
         told = story.phase_of(name)
         reserved = chosen[told][0] if told in chosen else reserved
-        size = max(0, reserved - sum(c.bytes for c in parts))
+        aside = beside[expandable] if name not in ("load", "engine start", "resume") else 0
+        held = sum(c.bytes for c in parts)
+        exact = alike or told not in chosen
+        size = max(0, reserved + aside - held) if exact else int(held * (reserved / max(1, chosen[told][1]) - 1))
         # How far apart the allocator's two modes are says how much this depends on the order of events.
-        spread = max(0.02 * reserved, abs(native[told][0] - growing[told][0]) / 2 if told in native else 0)
+        spread = max(0.02 * reserved, abs(native[told][0] - growing[told][0] + beside[0] - beside[1]) / 2 if told in native else 0)
         if within is not None:  # near the limit torch gives cached segments back: slack alone does not pass it by more
             spread = min(spread, max(0.02 * reserved, within - reserved))
         slack[name] = part("allocator slack", size, "source", spread / size if size else 0.0, "reserved")
     return slack
+
+
+def _reserve(events: list[Event], expandable: bool) -> int:
+    """What a stream of its own reserves."""
+    return max((reserved for reserved, _ in replay_allocator(events, expandable=expandable).values()), default=0)
 
 
 def _finish(
@@ -350,6 +410,9 @@ def _find_notes(parts: Parts) -> list[str]:
     if logits > 4 * GIB:
         notes.append(f"logits: up to {logits / GIB:.1f} GiB for the loss of {work.tokens} tokens over {shape.vocab_size} words; a smaller"
                      " batch.micro_batch_size or data.seq_len takes less")  # fmt: skip
+    if method.r:
+        notes.append(f"merge: afterwards, by lepton-launch export --merge, which holds the whole model in host memory"
+                     f" ({format_bytes(work.width * shape.num_params)}); no part of the run")  # fmt: skip
     if counts.trained > shape.num_params // 10 and method.r:
         notes.append(
             f"adapters: {counts.trained:,} parameters are trained, because target_modules reaches fused experts; name the attention's layers"

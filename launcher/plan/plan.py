@@ -11,15 +11,18 @@ from typing import Any
 from launcher.checkpoint.storage import join_url
 from launcher.cluster import Cluster
 from launcher.errors import DataError, Fault, RecipeError
+from launcher.plan.advise import Suggestion, suggest_changes
 from launcher.plan.batch import BatchPlan, check_batch
 from launcher.plan.budget import MemoryPlan
 from launcher.plan.calibration import apply_calibration, find_calibration, find_rates
 from launcher.plan.deepspeed import choose_bucket, make_deepspeed_config
 from launcher.plan.layout import Layout, make_layout
-from launcher.plan.memory import Tracer, count_trainable, predict_memory
-from launcher.plan.shape import ModelShape, load_shape
-from launcher.plan.solve import Choice, Predict, Suggestion, apply_changes, choose, describe_choice, make_candidates, suggest_changes
+from launcher.plan.losses import changes_logits
+from launcher.plan.memory import Tracer, count_trainable, has_closed_form, hold_at_least, predict_memory
+from launcher.plan.shape import ModelShape, load_shape, read_text_part
+from launcher.plan.solve import Choice, Floor, Predict, apply_changes, choose, describe_choice, make_candidates
 from launcher.plan.source import locate_model
+from launcher.plan.trainable import list_oddities, settle_attention
 from launcher.recipe import Recipe
 
 SCHEMA_VERSION = 2
@@ -133,30 +136,35 @@ def checkpoints_url(recipe: Recipe, run_dir: str) -> str:
     return join_url(recipe.save.storage, Path(run_dir).name, "checkpoints")
 
 
-def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, tracer: Tracer | None = None) -> Plan:
+def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, tracer: Tracer | None = None, trace: bool = False) -> Plan:
     """Decide everything. Reads the model's configuration, nothing else. Raises RecipeError or ModelError.
 
-    `tracer` runs a model of an unknown architecture on the meta device (it takes torch, and seconds); without one its activations are guessed.
+    `tracer` runs a model that the plan has no arithmetic for on the meta device, and with `trace` any model (it takes torch, and
+    seconds); without one the activations of such a model are guessed.
     """
     shape = load_shape(locate_model(recipe.model.name_or_path, base_dir), recipe.model.revision)
+    if tracer is not None and not shape.is_known:
+        shape = tracer.count(shape)
     _check_length(recipe, shape)
     ranks = cluster.nodes * cluster.workers_per_node
     check_batch(global_batch_size=recipe.batch.global_batch_size, micro_batch_size=recipe.batch.micro_batch_size, ranks=ranks)
-    choice = make_choice(recipe, shape, cluster)
-    recipe, batch, asked = choice.taken.recipe, choice.taken.batch, recipe
-    layout, notes = make_layout(recipe, cluster)
     trainable = count_trainable(recipe, shape)
-    if trainable == 0 and shape.is_known:
+    if trainable == 0 and (shape.is_known or shape.is_counted):
         raise RecipeError(
             [Fault("plan", "method", f"trains no parameter of this {shape.model_type}", "check target_modules, last_layers or patterns")]
         )
+    choice = make_choice(recipe, shape, cluster)
+    recipe, batch, asked = choice.taken.recipe, choice.taken.batch, recipe
+    layout, notes = make_layout(recipe, cluster)
+    _check_loss(recipe, shape)
     if trainable == 0:
         notes.append(f"trained parameters: not counted here, because the launcher does not know how a {shape.model_type} names its layers")
     notes += describe_choice(asked, choice)
     if recipe.optim.name == "adafactor" and layout.zero_stage:
         notes.append("adafactor: ZeRO hands it flat partitions, so its second moment is not factored (4 bytes a parameter)")
     adapters = trainable if recipe.method.kind in ("lora", "qlora") else 0
-    traced = tracer if not shape.is_known else None
+    notes += list_oddities(shape, recipe, layout)
+    traced = tracer if trace or not has_closed_form(shape) else None
     memory = choice.taken.memory if traced is None else None
     return Plan(
         recipe=recipe,
@@ -176,11 +184,13 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, 
 
 def make_choice(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Choice:
     """What the plan takes where the recipe says auto, and what it looked at; one candidate where it says nothing so."""
-    device = find_rates(cluster)
+    recipe, device = settle_attention(recipe, shape, cluster), find_rates(cluster)
     candidates = make_candidates(recipe, shape, cluster, device, count_trainable(recipe, shape))
     if len(candidates) == 1:
         return Choice(taken=candidates[0], considered=(), total=1)
-    return choose(candidates, make_predictor(shape, cluster, replay=False), make_predictor(shape, cluster, replay=True))
+    budget = recipe.memory.budget_bytes
+    return choose(candidates, cluster.device_memory if budget is None else budget, make_floor(shape),
+                  make_predictor(shape, cluster, replay=False), make_predictor(shape, cluster, replay=True))  # fmt: skip
 
 
 def make_suggestions(plan: Plan) -> list[Suggestion]:
@@ -191,7 +201,8 @@ def make_suggestions(plan: Plan) -> list[Suggestion]:
 
     settled = apply_changes(plan.recipe, {"batch.micro_batch_size": plan.batch.micro_batch_size})
     predict, confirm = (make_predictor(plan.shape, plan.cluster, replay=replay) for replay in (False, True))
-    return suggest_changes(settled, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, predict, confirm)
+    return suggest_changes(settled, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, plan.memory.budget, make_floor(plan.shape),
+                           predict, confirm)  # fmt: skip
 
 
 def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool, tracer: Tracer | None = None) -> Predict:
@@ -207,12 +218,28 @@ def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool, tracer:
     return predict
 
 
+def make_floor(shape: ModelShape) -> Floor:
+    """What tells the bytes that a recipe, its layout and its batch need whatever their activations are."""
+
+    def floor(recipe: Recipe, layout: Layout, batch: BatchPlan) -> int:
+        return hold_at_least(recipe, shape, layout, batch, deepspeed=configure_deepspeed(recipe, shape, layout, batch))
+
+    return floor
+
+
 def configure_deepspeed(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan) -> dict[str, Any]:
-    bucket = choose_bucket(count_trainable(recipe, shape))
+    size = recipe.parallel.reduce_bucket_size
+    bucket = choose_bucket(count_trainable(recipe, shape)) if size is None or size == "auto" else size
     return make_deepspeed_config(layout, batch, max_grad_norm=recipe.optim.max_grad_norm, bucket=bucket, hidden_size=shape.hidden_size)
 
 
+def _check_loss(recipe: Recipe, shape: ModelShape) -> None:
+    if recipe.model.loss != "plain" and changes_logits(read_text_part(shape.config)):
+        raise RecipeError([Fault("plan", "model.loss", f"{recipe.model.loss} makes the loss in the model's head, and a {shape.model_type} changes"
+                                 " its logits after it", "set model.loss to plain")])  # fmt: skip
+
+
 def _check_length(recipe: Recipe, shape: ModelShape) -> None:
-    if recipe.data.seq_len > shape.max_positions:
+    if shape.model_type != "vit" and recipe.data.seq_len > shape.max_positions:  # one that reads no words has no positions for them
         raise RecipeError([Fault("plan", "data.seq_len", f"{recipe.data.seq_len} is longer than the model's {shape.max_positions} positions",
                                  f"use at most {shape.max_positions}")])  # fmt: skip

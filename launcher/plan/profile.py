@@ -5,6 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 
+from launcher.plan.forward import layer_type, uses_rope
+from launcher.plan.losses import LOSS_CHUNK
+from launcher.plan.shape import ModelShape, read_text_part
 from launcher.plan.step import recorded_step, run_step
 from launcher.plan.tape import KINDS
 from launcher.plan.workload import Workload
@@ -12,9 +15,9 @@ from launcher.plan.workload import Workload
 Peak = dict[str, int]
 """Bytes by what they are (launcher.plan.tape.KINDS) at the moment when most was live."""
 
-FAST_LAYERS = (4, 8)
-"""A deep model's peaks are taken from these two depths for a search: each is the larger of several lines in depth, so this is
-never too high, and what a search lets through is computed in full (solve.choose)."""
+FEWEST_LAYERS = 3
+"""A deep model's peaks are taken from two small depths for a search: each peak is the larger of several lines in depth, so this is never
+too high, and what a search lets through is computed in full (solve.choose). A model whose layers repeat only after more than two is not."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,18 +35,49 @@ class StepProfile:
 @lru_cache(maxsize=512)
 def profile_step(work: Workload, *, keep_gradients: bool, gradients_exist: bool = False, exact: bool = True) -> StepProfile:
     """The profile of a training micro-step. Not `exact`: a deep model's is extrapolated."""
-    layers = work.shape.num_layers
-    if exact or layers <= 2 * FAST_LAYERS[1]:
+    layers, period = work.shape.num_layers, find_period(work.shape)
+    shallow = FEWEST_LAYERS + (layers - FEWEST_LAYERS) % period
+    deep = shallow + 2
+    if exact or layers <= 2 * deep or period > 2:
         return _profile(work, None, keep_gradients, gradients_exist)
-    few, more = (_profile(work, depth, keep_gradients, gradients_exist) for depth in FAST_LAYERS)
-    return StepProfile(forward=_extend(few.forward, more.forward, layers), loss=_extend(few.loss, more.loss, layers),
-                       backward=_extend(few.backward, more.backward, layers),
-                       host_checkpoints=_extend({"": few.host_checkpoints}, {"": more.host_checkpoints}, layers)[""])  # fmt: skip
+    few, more = (_profile(work, depth, keep_gradients, gradients_exist) for depth in (shallow, deep))
+
+    def extend(few: Peak, more: Peak) -> Peak:
+        return {kind: more[kind] + (more[kind] - few[kind]) * (layers - deep) // (deep - shallow) for kind in more}
+
+    return StepProfile(forward=extend(few.forward, more.forward), loss=extend(few.loss, more.loss), backward=extend(few.backward, more.backward),
+                       host_checkpoints=extend({"": few.host_checkpoints}, {"": more.host_checkpoints})[""])  # fmt: skip
 
 
-def _extend(few: Peak, more: Peak, layers: int) -> Peak:
-    shallow, deep = FAST_LAYERS
-    return {kind: more[kind] + (more[kind] - few[kind]) * (layers - deep) // (deep - shallow) for kind in more}
+ROUNDING = 16 << 20
+"""More than the 512 bytes that each live tensor may be rounded up by."""
+
+
+def bound_step(work: Workload, two: Workload, three: Workload, *, keep_gradients: bool, gradients_exist: bool) -> int:
+    """Bytes that a micro-step of this many rows takes at least, from those of two and three rows; 0 where that tells nothing.
+
+    What is live at a moment is linear in the rows, so that a peak, the most of all moments, is convex: it lies above the line through
+    two others. Kernels that change with the number of rows are left out, and so is the backward pass, which `profile_step` only bounds.
+    """
+    alike = two.is_dequantised == three.is_dequantised and (
+        work.loss == "plain" or (work.loss == "chunked" and two.loss_rows >= LOSS_CHUNK)
+    )
+    rows = work.micro_batch_size
+    if rows <= three.micro_batch_size or not alike:
+        return 0
+    few, more = (profile_step(w, keep_gradients=keep_gradients, gradients_exist=gradients_exist, exact=False) for w in (two, three))
+    peaks = ((sum(few.forward.values()), sum(more.forward.values())), (sum(few.loss.values()), sum(more.loss.values())))
+    return max(0, max(b + (b - a) * (rows - 3) for a, b in peaks) - ROUNDING * (rows - 2))
+
+
+@lru_cache(maxsize=64)
+def find_period(shape: ModelShape) -> int:
+    """After how many layers a model's layers are the same again; their number where they never are."""
+    config = read_text_part(shape.config)
+    skips_rope = shape.model_type.startswith(("smollm3", "llama4"))
+    weights = {layer: number for number, block in enumerate(shape.inventory) for layer in block.layers}
+    kinds = [(weights.get(i), layer_type(config, i), skips_rope and uses_rope(config, i)) for i in range(shape.num_layers)]
+    return next((p for p in range(1, shape.num_layers) if kinds[p:] == kinds[:-p]), shape.num_layers)
 
 
 def _profile(work: Workload, layers: int | None, keep_gradients: bool, gradients_exist: bool) -> StepProfile:

@@ -32,6 +32,10 @@ LAYER_OVERHEAD_S, HOOK_OVERHEAD_S = 150e-6, 200e-6
 """What Python takes to launch a layer's kernels, once forward or backward; what ZeRO-3's hooks add."""
 HOST_MEMORY_RATE = 100e9
 """Bytes/s of a machine's memory, for an optimizer that runs on the host."""
+NVME_RATE = 5e9
+"""Bytes/s of a machine's NVMe disk, read and written."""
+COLLECTIVE_OVERHEAD_S = 50e-6
+"""What one more reduction takes to start."""
 BYTES_A_TOKEN = 4.2
 """Of text in a file."""
 
@@ -165,6 +169,8 @@ def _time_micro_step(recipe: Recipe, shape: ModelShape, layout: Layout, device: 
     moved = (
         1.0 * tokens * (shape.num_layers * passes * width * (10 * shape.hidden_size + 3 * shape.intermediate_size) + 30 * shape.vocab_size)
     )
+    if layout.loss == "chunked":  # its logits are made once more in the backward pass
+        flops += 2.0 * shape.hidden_size * shape.vocab_size
     weights = _count_matrices(shape).quantised
     weight_bytes = float(shape.num_params * width)
     if isinstance(recipe.method, QLora):
@@ -174,6 +180,11 @@ def _time_micro_step(recipe: Recipe, shape: ModelShape, layout: Layout, device: 
         share *= 1.0 if recipe.method.bits == 4 else 0.5  # LLM.int8() splits each product in two
     adapters = isinstance(recipe.method, Lora | QLora)
     launches = shape.num_layers * passes * LAYER_OVERHEAD_S * (2 if adapters else 1)
+    if ranks > 1 and layout.zero_stage:
+        launches += trained / (recipe.parallel.reduce_bucket_size or max(1, trained)) * COLLECTIVE_OVERHEAD_S  # type: ignore[operator]
+    moved_to_host = 2.0 * width * shape.hidden_size * shape.num_layers * tokens if layout.checkpoints_on_host else 0.0
+    host_rate = WIRE_SHARE * device.host_rate
+    offload_rate = min(host_rate, NVME_RATE / layout.workers_per_node) if layout.nvme_path else host_rate
     sent = trained * width * (1.0 if layout.zero_stage >= 2 else 2.0)
     if layout.zero_stage == 2:
         sent += trained * width / 4  # updated weights are gathered once a step; an accumulation of four is usual
@@ -185,7 +196,7 @@ def _time_micro_step(recipe: Recipe, shape: ModelShape, layout: Layout, device: 
         "compute": tokens * flops / (share * _peak_flops(layout, device)),
         "memory": moved / device.memory_rate,
         "network": sent * (ranks - 1) / ranks / (WIRE_SHARE * rate),
-        "host": 2 * weight_bytes / ranks / (WIRE_SHARE * device.host_rate) if layout.offload_param else 0.0,
+        "host": (2 * weight_bytes / ranks / offload_rate if layout.offload_param else 0.0) + moved_to_host / host_rate,
         "launches": launches if layout.accelerator == "cuda" else 0.0,
     }
 
@@ -199,4 +210,6 @@ def _time_optimizer(recipe: Recipe, layout: Layout, device: Device, trained: int
     if not on_host:
         return moved / device.memory_rate
     wires = part * 2 * DTYPE_BYTES[layout.dtype] / (WIRE_SHARE * device.host_rate)
+    if layout.nvme_path:
+        wires += moved * layout.workers_per_node / NVME_RATE
     return moved * layout.workers_per_node / HOST_MEMORY_RATE + wires

@@ -6,7 +6,7 @@ bitsandbytes 0.50.2 (functional.py, optim/optimizer.py); tests/test_states.py co
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
@@ -34,6 +34,8 @@ class Sharding:
     sub_group: int = 1_000_000_000
     zero_init: bool = True
     leaf_modules: bool = True
+    nvme: bool = False
+    """Whether what is offloaded lies on disk (stage 3)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -151,10 +153,17 @@ class States:
     host: int
     """Bytes in this rank's host memory, of which `host_pinned` is pinned."""
     host_pinned: tuple[int, ...]
+    nvme: int = 0
+    """Bytes of this rank's files on an NVMe disk."""
 
 
 def make_states(counts: Counts, sharding: Sharding, *, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int) -> States:
     """States of the rank that holds most."""
+    return _make_states(counts, sharding, width, optimizer, momentum, min(micro_steps, 2))  # the second micro-step is like all that follow
+
+
+@lru_cache(maxsize=512)
+def _make_states(counts: Counts, sharding: Sharding, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int) -> States:
     maker = {0: _replicated, 1: _partitioned, 2: _partitioned, 3: _sharded}[sharding.stage]
     return maker(counts, sharding, width, optimizer, momentum, micro_steps)
 
@@ -252,12 +261,28 @@ def _sharded(counts: Counts, sharding: Sharding, width: int, name: OptimizerName
     )  # fmt: skip
     if not sharding.offload_optimizer:
         return held
+    if sharding.nvme:
+        return _on_nvme(_offloaded(held, 0, 0, ()), sharding, width, largest, 8 * part + states, weights + width * adapter_part)
     host = 4 * part + 4 * part + states + width * part
     pinned: tuple[int, ...] = (4 * part, width * part)
     if sharding.offload_param:
         host += 2 * weights + 2 * width * adapter_part
         pinned += (weights + width * adapter_part, weights + width * adapter_part)
     return _offloaded(held, 0, host, pinned)
+
+
+NVME_STATE_BUFFERS, NVME_WEIGHT_BUFFERS, NVME_BUFFER, NVME_IN_MEMORY = 4, 5, 100_000_000, 1_000_000_000
+"""zero/offload_config.py: buffers of the optimizer's swapper, each of the largest sub-group in fp32; buffers of the parameters', and elements of
+one; elements of trained weights that stay in host memory all the same."""
+
+
+def _on_nvme(held: States, sharding: Sharding, width: int, largest: int, states: int, weights: int) -> States:
+    """The same with masters, states and fp32 gradients in files, and weights too if they are offloaded (swap_tensor/*.py)."""
+    pinned: tuple[int, ...] = (width * held.partition, *(4 * largest for _ in range(NVME_STATE_BUFFERS)))
+    if sharding.offload_param:
+        pinned += (width * NVME_BUFFER * NVME_WEIGHT_BUFFERS, width * min(held.partition, NVME_IN_MEMORY))
+        states += weights
+    return replace(held, host=sum(pinned), host_pinned=pinned, nvme=states)
 
 
 def _sub_groups(parts: tuple[int, ...], first_group: int, limit: int) -> tuple[int, ...]:

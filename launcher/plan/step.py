@@ -12,7 +12,8 @@ from launcher.plan.decoder import LATENT, NORM_STYLES, decoder_layer
 from launcher.plan.forward import Pass, layer_type, rotary_width, sliding_window
 from launcher.plan.inventory import Config
 from launcher.plan.latent import widths
-from launcher.plan.operators import FP32, cast, cross_entropy, embed, gather_rows, linear, matmul, pointwise_of_result, rms_norm, scale
+from launcher.plan.losses import chunked_loss, cross_entropy, liger_loss, project
+from launcher.plan.operators import FP32, cast, embed, gather_rows, pointwise_of_result, rms_norm, scale
 from launcher.plan.shape import name_alike, read_text_part
 from launcher.plan.tape import CHECKPOINTS, LOGITS, Parameter, Sink, Tape, Tensor, backward, checkpoint, counting_as, drop_gradient
 from launcher.plan.workload import Workload, build_block
@@ -27,7 +28,7 @@ def run_step(
 ) -> Tape:  # fmt: skip
     """The tape of one micro-step of the first `layers` layers (all unless told); an evaluation where it does not `train`."""
     tape = Tape(record=record, accumulates_in_place=accumulates_in_place, round_to=round_to or (512 if work.device == "cuda" else 64),
-                fuses_dropout=work.device == "cuda", training=train)  # fmt: skip
+                on_cuda=work.device == "cuda", training=train, fused=work.fused, reentrant=work.reentrant)  # fmt: skip
     if not keep_gradients or gradients_exist:
         tape.on_gradient = drop_gradient
     config = name_alike(read_text_part(work.shape.config))
@@ -158,6 +159,8 @@ def _make_masks(run: Pass) -> dict[str, Tensor | None]:
     masks: dict[str, Tensor | None] = {}
     for kind in sorted(kinds):
         window = {"sliding_attention": sliding_window(config), "chunked_attention": config.get("attention_chunk_size")}.get(kind)
+        if kind == "sliding_attention" and config["model_type"] == "qwen2_moe" and not config.get("use_sliding_window"):
+            window = 0  # its configuration says so, and a mask is made that no layer uses
         slides = window is not None and work.seq_len > window
         packed = work.packed and config["model_type"] not in BLIND_TO_PACKS
         if work.attention == "flash_attention_2" or (work.attention == "sdpa" and not packed and not slides):
@@ -204,10 +207,32 @@ def _make_tables(run: Pass) -> dict[str, tuple[Tensor, Tensor]]:
 def _loss(run: Pass, model: _Model, kept: Tensor) -> Tensor:
     """launcher.train.loss: the head on the columns that carry loss, cross-entropy in fp32, summed."""
     tape = run.tape
+    if run.work.loss != "plain" and run.config["model_type"] not in ENCODERS:
+        return _loss_of_head(run, model, kept)
     logits = _logits(run, model, kept)
     with counting_as(tape, LOGITS):
         rows = logits.count // run.config["vocab_size"]
         return cross_entropy(tape, cast(tape, logits, FP32), rows, tape.new(rows, 8))
+
+
+def _loss_of_head(run: Pass, model: _Model, kept: Tensor) -> Tensor:
+    """launcher.train.head: the head gives the loss in place of logits."""
+    work, tape, width = run.work, run.tape, run.config["hidden_size"]
+    rows = run.rows * work.loss_columns
+    targets = tape.new(rows, 8)
+    hidden = _hidden_states(run, model)
+    run.masks, run.tables = {}, {}
+    tape.enter("loss")
+    with counting_as(tape, LOGITS):
+        chosen, head = gather_rows(tape, hidden, rows * width, kept), _head_of(model)
+        if work.loss == "chunked":
+            return chunked_loss(tape, chosen, head, width, targets)
+        return liger_loss(tape, chosen, head if isinstance(head, Parameter) else head.weight, width)
+
+
+def _head_of(model: _Model) -> Any:
+    """A linear layer, or the embedding's weight."""
+    return model.outside.get("head", model.outside.get("embed_tokens", model.outside.get("wte", model.outside.get("embed_in"))))
 
 
 def _logits(run: Pass, model: _Model, kept: Tensor) -> Tensor:
@@ -220,8 +245,7 @@ def _logits(run: Pass, model: _Model, kept: Tensor) -> Tensor:
         if config["model_type"] in ENCODERS:
             return encoder_logits(run, model.outside, hidden, count, kept)
         chosen = gather_rows(tape, hidden, count, kept)
-        head = model.outside.get("head", model.outside.get("embed_tokens", model.outside.get("wte", model.outside.get("embed_in"))))
-        logits = matmul(tape, chosen, head, config["hidden_size"]) if isinstance(head, Parameter) else linear(tape, chosen, head)
+        logits = project(tape, chosen, _head_of(model), config["hidden_size"])
         if config["model_type"] == "granite":
             return scale(tape, logits)
         if config.get("final_logit_softcapping") is not None:

@@ -38,12 +38,15 @@ Gradient = "Storage | None"
 class Tape:
     """The one who counts. `peaks` holds, phase by phase, the most that was live and how it was made up."""
 
-    __slots__ = ("accumulates_in_place", "events", "frame", "fuses_dropout", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient", "on_host",
-                 "peaks", "phase", "recomputing", "round_to", "sequence", "top", "training")  # fmt: skip
+    __slots__ = ("accumulates_in_place", "events", "frame", "fused", "on_cuda", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient",
+                 "on_host", "peaks", "phase", "recomputing", "reentrant", "round_to", "sequence", "top", "training", "unpacked")  # fmt: skip
 
     def __init__(
-        self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True, fuses_dropout: bool = True, training: bool = True
+        self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True, on_cuda: bool = True, training: bool = True,
+        fused: bool = False, reentrant: bool = False,
     ) -> None:  # fmt: skip
+        self.fused = fused  # Liger's kernels in place of torch's
+        self.reentrant = reentrant  # torch.utils.checkpoint(use_reentrant=True): a recomputation runs to its end, and its output stays
         self.now = self.on_host = 0
         self.live = [0] * len(KINDS)
         self.peaks: dict[str, tuple[int, list[int]]] = {}
@@ -57,8 +60,10 @@ class Tape:
         self.recomputing: _Frame | None = None
         self.accumulates_in_place = accumulates_in_place
         self.grad_enabled = self.training = training
-        self.fuses_dropout = fuses_dropout
-        """CUDA's dropout keeps a mask of one byte an element; others one in the input's dtype."""
+        self.unpacked: list[Tensor] = []
+        """What a node was given of a recomputation: it holds on to it while it runs."""
+        self.on_cuda = on_cuda
+        """CUDA's kernels differ: dropout keeps a mask of one byte an element, where others keep one in the input's dtype."""
         self.on_gradient: Callable[[Sink, Storage], None] = _keep_gradient
 
     def enter(self, phase: str) -> None:
@@ -192,6 +197,8 @@ class _Promise(Saved):
         if not self.frame.recomputed:
             self.frame.recompute()
         found: Tensor = self.tensor
+        self.tensor = None  # what is made again is given away, once
+        self.frame.tape.unpacked.append(found)
         return found
 
 
@@ -202,12 +209,13 @@ class _Enough(Exception):
 class _Frame:
     """One checkpointed call: the function and its arguments, and the promises it gave."""
 
-    __slots__ = ("function", "inputs", "offloaded", "promises", "recomputed", "stored", "tape")
+    __slots__ = ("function", "inputs", "offloaded", "output", "promises", "recomputed", "stored", "tape")
 
     def __init__(self, tape: Tape, function: Callable[[Tensor], Tensor], inputs: Any) -> None:
         self.tape, self.function, self.inputs = tape, function, inputs
         self.promises: list[weakref.ref[_Promise]] = []
         self.recomputed, self.stored, self.offloaded = False, 0, False
+        self.output: Any = None
 
     def hold(self) -> _Promise:
         promise = _Promise(self)
@@ -219,7 +227,7 @@ class _Frame:
         if promise is not None:
             promise.tensor = Tensor(tensor.storage, tensor.count, tensor.width)
         self.stored += 1
-        if self.stored == len(self.promises):
+        if self.stored == len(self.promises) and not self.tape.reentrant:
             raise _Enough
 
     def recompute(self) -> None:
@@ -230,7 +238,7 @@ class _Frame:
         if self.offloaded:
             self.inputs = tuple(tape.new(count, width) for count, width in self.inputs)
         try:
-            self.function(*self.inputs)
+            self.output = self.function(*self.inputs)
         except _Enough:
             pass
         finally:
@@ -291,11 +299,14 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
         if not retain:
             node.run, node.edges = None, ()
         outputs = list(run(grads))
-        del run, grads
+        tape.unpacked.clear()
         for index, output in enumerate(outputs):
-            if isinstance(output, tuple):  # made in another shape or dtype than its tensor's; fitted once what was kept is gone
+            if isinstance(
+                output, tuple
+            ):  # made in another shape or dtype than its tensor's; fitted before the node lets go (validate_outputs)
                 outputs[index] = tape.make(output[1])
                 del output
+        del run, grads
         for index, (edge, slot) in enumerate(edges):
             grad = outputs[index]
             outputs[index] = None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launcher.plan.gathering import gather
-from launcher.plan.states import Sharding, States
+from launcher.plan.gathering import gather, sizes_of
+from launcher.plan.states import Sharding, States, count_states
 from launcher.plan.step import recorded_step
 from launcher.plan.workload import Workload, is_quantised
 
@@ -18,9 +18,10 @@ ITERATIONS = 2
 
 @dataclass(slots=True)
 class Story:
-    """Events, in the order in which a rank makes them."""
+    """Events, in the order in which a rank makes them; `side` are those of ZeRO-3's own streams, whose memory no other stream is given."""
 
     events: list[Event]
+    side: tuple[list[Event], ...] = ()
     next_key: int = 0
 
     def begin(self, phase: str, size: int) -> int:
@@ -41,7 +42,7 @@ class Story:
 
     @staticmethod
     def phase_of(name: str) -> str:
-        return {"evaluation": "forward", "save": "optimizer step"}.get(name, name)
+        return {"evaluation": "forward", "save": "optimizer step", "resume": "engine start"}.get(name, name)
 
 
 def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, micro_steps: int) -> Story:
@@ -51,15 +52,22 @@ def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, m
     story.passing("engine start", states.start_peak)
     story.events.append(("engine start", 0, 0))  # DeepSpeed empties the cache between groups
     story.begin("engine start", states.master)
-    bucket = story.begin("engine start", states.bucket) if states.bucket_always else 0
+    if states.bucket_always:
+        story.begin("engine start", states.bucket)
     if sharding.stage == 3:
         story.begin("engine start", states.gradients)
     tape = recorded_step(work, keep_gradients=keeps, gradients_exist=keeps and micro_steps > 1)
     assert tape.events is not None
-    gathered = gather(work, sharding)
+    if sharding.stage == 3 and sharding.overlap:
+        story.side = (_fetch(work, sharding), _reduce(work, sharding))
+    whole = 0 if story.side else gather(work, sharding).backward
+    computed = _make_micro_step(tape.events, states, story.next_key + 1)
+    story.next_key += len(computed) + 1
     for iteration in range(ITERATIONS):
         held = story.begin("forward", states.gradients) if sharding.stage != 3 else 0
-        _play(story, tape.events, states, bucket, gathered.backward)
+        gathered = story.begin("forward", whole)
+        story.events += computed  # all that begins in it ends in it, so that its keys may come again
+        story.end("reduce", gathered, whole)
         left = story.begin("reduce", states.part_bytes) if keeps else 0
         story.passing("reduce", states.reduce_copy)
         if iteration == 0:
@@ -83,22 +91,51 @@ def _load(story: Story, work: Workload, states: States, sharding: Sharding) -> N
     story.begin("load", int(total))
 
 
-def _play(story: Story, events: list[Event], states: States, bucket: int, whole: int) -> None:
-    """One micro-step of the tape, with the bucket that comes with the first gradient."""
-    offset = story.next_key
-    own = 0
+NORM_CHUNK = 250_000_000
+"""Elements of a gradient whose norm is taken at a time, in fp64 (stage3.py, _constant_buffered_norm2)."""
+
+
+def _fetch(work: Workload, sharding: Sharding) -> list[Event]:
+    """The stream that parameters are gathered on: each layer with the next one ahead of it; the head stays from forward to backward."""
+    layers, head, embedding, _ = sizes_of(work, sharding)
+    story, held = Story([]), 0
+    before = (story.begin("forward", embedding[0]), embedding[0])
+    for size, _ in layers:
+        key = story.begin("forward", size)
+        story.end("forward", *before)
+        before = (key, size)
+    held = story.begin("forward", head[0])
+    story.end("forward", *before)
+    before = (0, 0)
+    for size, _ in reversed(layers):
+        key = story.begin("forward", size)
+        story.end("forward", *before)
+        before = (key, size)
+    story.end("forward", *before)
+    story.end("forward", held, head[0])
+    return story.events
+
+
+def _reduce(work: Workload, sharding: Sharding) -> list[Event]:
+    """The stream that gradients are reduced on: a bucket's copy; with offload each rank's part comes back for its norm and for its fp32 copy."""
+    counts, story = count_states(work), Story([])
+    trained = counts.decayed + counts.spared
+    if sharding.ranks > 1 or len(trained) > 1:
+        story.passing("reduce", work.width * min(sharding.bucket, max(trained, default=0)))
+    for part in (-(-count // sharding.ranks) for count in reversed(trained) if sharding.offload_optimizer):
+        key = story.begin("reduce", work.width * part)
+        story.passing("reduce", 8 * min(part, NORM_CHUNK))
+        story.passing("reduce", 4 * part)
+        story.end("reduce", key, work.width * part)
+    return story.events
+
+
+def _make_micro_step(taped: list[Event], states: States, offset: int) -> list[Event]:
+    """The tape of one micro-step, with the bucket that comes with the first gradient. Keys begin at `offset`."""
     names = {"loss backward": "loss"}
-    highest = 0
-    gathered = story.begin("forward", whole)
-    offset = story.next_key
-    for phase, size, key in events:
-        if phase == "backward" and not own and not bucket:
-            own = 1 << 40
-            if states.bucket:
-                story.events.append(("backward", states.bucket, own))
-        story.events.append((names.get(phase, phase), size, key + offset))
-        highest = max(highest, key)
-    story.next_key = offset + highest
-    if own and states.bucket:
-        story.events.append(("reduce", -states.bucket, own))
-    story.end("reduce", gathered, whole)
+    events = [(names.get(phase, phase), size, key + offset) for phase, size, key in taped]
+    first = next((index for index, event in enumerate(events) if event[0] == "backward"), None)
+    if states.bucket and not states.bucket_always and first is not None:
+        events.insert(first, ("backward", states.bucket, offset))
+        events.append(("reduce", -states.bucket, offset))
+    return events

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launcher.plan.inventory import Block, Weight
-from launcher.plan.operators import Linear
+from launcher.plan.linears import DEQUANTISING_ROWS, Linear
 from launcher.plan.shape import ModelShape, adapter_rank, is_head, is_trained
 from launcher.plan.tape import Parameter
 
@@ -53,10 +53,24 @@ class Workload:
     loss_columns: int
     packed: bool
     kernel_workspace: bool = True
+    fused: bool = False
+    """Liger's kernels for norms, rotary embeddings and gated MLPs."""
+    reentrant: bool = False
+    """Reentrant checkpointing, which other frameworks use."""
 
     @property
     def tokens(self) -> int:
         return self.micro_batch_size * self.seq_len
+
+    @property
+    def is_dequantised(self) -> bool:
+        """Whether a forward pass makes the dense weight of a 4-bit layer, as many rows have it."""
+        return self.method.bits == 4 and self.tokens > DEQUANTISING_ROWS
+
+    @property
+    def loss_rows(self) -> int:
+        """Rows of logits."""
+        return (1 if self.attention == "flash_attention_2" else self.micro_batch_size) * self.loss_columns
 
 
 def build_block(work: Workload, block: Block, layer: int) -> dict[str, Any]:
@@ -75,7 +89,8 @@ def build_block(work: Workload, block: Block, layer: int) -> dict[str, Any]:
             built[name] = Linear(
                 n_in, n_out, work.width, trained=trained, bias=bias is not None,
                 bias_trained=bias is not None and method.trains_base(block.prefix.format(layer) + bias.name, shape.num_layers),
-                bits=method.bits if is_quantised(block.prefix, weight) else 16, r=rank, dropout=method.dropout,
+                bits=method.bits if is_quantised(block.prefix, weight) else 16, double_quant=method.double_quant, r=rank, dropout=method.dropout,
+                dora=method.dora,
             )  # fmt: skip
         elif weight.name.endswith(".bias") and weight.name.removesuffix(".bias") in matrices:
             continue

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from launcher.train.encode import IGNORED
+from launcher.train.head import LossHead
 
 
 def sum_token_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -28,5 +29,15 @@ def sum_token_loss(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def sum_kept_loss(model: Any, batch: dict[str, torch.Tensor], targets_BS: torch.Tensor, kept_K: torch.Tensor) -> torch.Tensor:
     """The loss of the columns `kept_K`. By itself, because a trace on the meta device cannot find them (train/trace.py)."""
+    head = model.get_output_embeddings()
+    if isinstance(head, LossHead):
+        head.targets_R = targets_BS[:, kept_K].flatten()
+        try:
+            loss: torch.Tensor = model(
+                input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=kept_K
+            ).logits
+        finally:
+            head.targets_R = None
+        return loss
     logits_BKV = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False, logits_to_keep=kept_K).logits
     return F.cross_entropy(logits_BKV.float().flatten(0, 1), targets_BS[:, kept_K].flatten(), ignore_index=IGNORED, reduction="sum")

@@ -10,6 +10,7 @@ from launcher.errors import ModelError
 from launcher.plan import Plan
 from launcher.plan.shape import is_trained
 from launcher.recipe import Freeze, Lora, QLora
+from launcher.train.head import put_loss_into_head
 from launcher.train.model import TORCH_DTYPE
 from launcher.train.shard import find_decoder_layers
 
@@ -24,6 +25,8 @@ def apply_method(model: PreTrainedModel, plan: Plan) -> torch.nn.Module:
     """
     method, layout = plan.recipe.method, plan.layout
     torch.manual_seed(plan.recipe.seed)
+    if layout.loss != "plain":
+        put_loss_into_head(model, layout.loss)
     trained: torch.nn.Module = model
     if isinstance(method, Freeze):
         for name, parameter in model.named_parameters():
@@ -39,7 +42,7 @@ def apply_method(model: PreTrainedModel, plan: Plan) -> torch.nn.Module:
             f"method {method.kind} trains none of the model's parameters", f"names look like {next(iter(model.named_parameters()))[0]}"
         )
     if layout.gradient_checkpointing:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False}, offload=layout.checkpoints_on_host)
     if layout.leaf_modules:
         _gather_layers_whole(model)
     if layout.liger_kernel:

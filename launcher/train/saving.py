@@ -16,6 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -57,6 +58,8 @@ class Saver:
         self._identity, self._total_steps, self._best_weights, self._report = identity, total_steps, best_weights, report
         self._rank, self._ranks = dist.get_rank(), dist.get_world_size()
         self._session = _agree(secrets.token_hex(6))
+        # Once: reading the packages' metadata takes longer than all else that a save does on this thread.
+        self._versions, self._plan_digest = read_versions(), plan.digest
         self._began = self._saved_at = time.monotonic()
         self._train_s_before = 0.0
         self._saved_step = self._committed_step = 0
@@ -134,7 +137,7 @@ class Saver:
             zero_stage=self._plan.layout.zero_stage,
             attempt=f"{self._session}-{state.step}",
             time=time.time(),
-            plan_digest=self._plan.digest,
+            plan_digest=self._plan_digest,
             optimizer=self._plan.recipe.optim.name,
             scalars=scalars,
             state=state.to_dict(),
@@ -143,7 +146,8 @@ class Saver:
             total_steps=self._total_steps,
             best_step=state.best_step,
             origin=self._plan.run_dir,
-            versions=read_versions(),
+            base_model=self._plan.recipe.model.name_or_path,
+            versions=self._versions,
         )
 
     # ------------------------------------------------------------------------------------------- on the thread
@@ -195,7 +199,8 @@ class Saver:
         write_commit(self._storage, whole)
         self._outcome = {"event": "checkpoint", "step": commit.step, "bytes": whole.num_bytes, "write_s": time.perf_counter() - began,
                          "path": f"{self._storage.url}/{whole.folder}"}  # fmt: skip
-        prune(self._storage, self._plan.recipe.save.keep, commit.best_step if self._plan.recipe.save.keep_best else 0)
+        with suppress(OSError, CheckpointError):  # the next save prunes again
+            prune(self._storage, self._plan.recipe.save.keep, commit.best_step if self._plan.recipe.save.keep_best else 0)
 
     # ----------------------------------------------------------------------------------------- on the main thread
 
@@ -221,7 +226,9 @@ class Saver:
             self._committed_step = self._saved_step
             return
         if self._outcome is None and self._rank == 0:
-            delete_step(self._storage, self._saved_step)
+            # Where the storage is gone this fails too; the next save that succeeds removes what is left.
+            with suppress(OSError, CheckpointError):
+                delete_step(self._storage, self._saved_step)
         self._report({"event": "checkpoint_failed", "step": self._saved_step, "why": "; ".join(filter(None, reasons))})
         dist.barrier()
 

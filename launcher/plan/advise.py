@@ -1,0 +1,155 @@
+"""The cheapest changes that make a recipe fit which does not, and how many machines would do."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from launcher.cluster import Cluster
+from launcher.plan.budget import MemoryPlan
+from launcher.plan.devices import Device
+from launcher.plan.layout import Layout, make_layout
+from launcher.plan.shape import ModelShape
+from launcher.plan.solve import Changes, Floor, Predict, apply_changes, is_possible, list_quantised, make_micro_batch
+from launcher.plan.speed import estimate_step
+from launcher.recipe import Lora, QLora, Recipe
+
+ENOUGH_SUGGESTIONS = 5
+MOST_CONFIRMED = 12
+"""Changes that are computed exactly; a search for advice may not take longer than the plan."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Suggestion:
+    """A change that makes it fit: recipe keys (and `--nodes`), and what it costs."""
+
+    changes: Changes
+    step_s: float
+    slowdown: float
+    """Times as long as the recipe as it is would take, were there room for it."""
+    need: int
+    """Bytes of a device at P95."""
+    effect: str
+    """What it changes about the result; empty where only time is lost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Step:
+    """One thing that may be given up. `grade` orders by what it does to the result: 0 nothing, 1 precision, 2 what is trained."""
+
+    changes: Changes
+    grade: int
+    effect: str = ""
+
+
+def _list_steps(recipe: Recipe, layout: Layout) -> list[list[_Step]]:
+    """Ways to need less, the ones that exclude each other in one list, the mildest first."""
+    stage, method, optim = layout.zero_stage, recipe.method, recipe.optim.name
+    lists: list[list[_Step]] = []
+    checkpointing: list[bool | str] = [] if layout.gradient_checkpointing else [True]
+    if layout.accelerator == "cuda" and not layout.checkpoints_on_host:
+        checkpointing.append("offload")
+    lists.append([_Step(changes={"memory.gradient_checkpointing": how}, grade=0) for how in checkpointing])
+    if layout.loss == "plain":
+        lists.append([_Step(changes={"model.loss": "chunked"}, grade=0)])
+    smaller = [size for size in range(1, _micro_of(recipe, layout)) if _micro_of(recipe, layout) % size == 0]
+    lists.append([_Step(changes={"batch.micro_batch_size": size}, grade=0) for size in dict.fromkeys(smaller[-1:] + smaller[:1])])
+    parallel = [_Step(changes={"parallel.zero_stage": s}, grade=0) for s in (1, 2, 3) if s > stage and layout.world_size > 1]
+    if not layout.offload_optimizer and optim in ("adamw", "sgd", "adafactor"):
+        parallel += [_Step(changes={"parallel.zero_stage": s, "parallel.offload_optimizer": True}, grade=0) for s in (max(stage, 2), 3)]
+    if not layout.offload_param:
+        also = {"parallel.offload_optimizer": True} if optim in ("adamw", "sgd", "adafactor") else {}
+        parallel.append(_Step(changes={"parallel.zero_stage": 3, "parallel.offload_param": True, **also}, grade=0))
+    lists.append(parallel)
+    if optim in ("adamw", "lion"):
+        lists.append([_Step(changes={"optim.name": f"{optim}_8bit"}, grade=1, effect="optimizer states in 8 bits")])
+    lists.append(list(_lighter_methods(method)))
+    if recipe.data.seq_len >= 512:
+        halves = [recipe.data.seq_len // by for by in (2, 4, 8) if recipe.data.seq_len // by >= 256]
+        lists.append([_Step(changes={"data.seq_len": length}, grade=2, effect="shorter sequences") for length in halves])
+    return [steps for steps in lists if steps]
+
+
+def _micro_of(recipe: Recipe, layout: Layout) -> int:
+    micro = recipe.batch.micro_batch_size
+    return max(1, recipe.batch.global_batch_size // layout.world_size) if micro == "auto" else micro
+
+
+def _lighter_methods(method: Any) -> Iterator[_Step]:
+    if isinstance(method, Lora):
+        if method.init == "default":
+            *_, in_4_bits = list_quantised(method)
+            yield _Step(changes={"method": in_4_bits}, grade=1, effect="the base in 4 bits")
+        return
+    if isinstance(method, QLora):
+        if method.bits == 8:
+            yield _Step(changes={"method": method.model_copy(update={"bits": 4})}, grade=1, effect="the base in 4 bits")
+        return
+    yield _Step(changes={"method": Lora(kind="lora")}, grade=2, effect="adapters in place of weights are trained")
+    yield _Step(changes={"method": QLora(kind="qlora")}, grade=2, effect="adapters on a 4-bit base are trained")
+
+
+def suggest_changes(
+    recipe: Recipe,
+    shape: ModelShape,
+    cluster: Cluster,
+    device: Device | None,
+    trained_of: Callable[[Recipe], int],
+    budget: int,
+    floor: Floor,
+    predict: Predict,
+    confirm: Predict,
+) -> list[Suggestion]:
+    """The cheapest changes that make a recipe fit, best first; none where nothing does.
+
+    First what leaves the result as it is, then what costs precision, then what trains something else, by their speed.
+    A change is left out where a part of it, or a milder one, would do.
+    """
+    layout, _ = make_layout(recipe, cluster)
+    before = _time_of(recipe, shape, layout, device, trained_of)
+    lists, tried = _list_steps(recipe, layout), 0
+    found: list[tuple[tuple[int, float, int], tuple[int, ...], Suggestion]] = []
+    for picks in sorted(itertools.product(*(range(len(steps) + 1) for steps in lists)), key=lambda picks: _rank_picks(picks, lists)):
+        steps = [lists[number][pick - 1] for number, pick in enumerate(picks) if pick]
+        changes: Changes = {key: value for step in steps for key, value in step.changes.items()}
+        changed = apply_changes(recipe, changes)
+        milder_does = any(all(mild <= pick for mild, pick in zip(other, picks, strict=True)) for _, other, _ in found)
+        if not steps or milder_does or not is_possible(changed, recipe, shape, cluster):
+            continue
+        settled, _ = make_layout(changed, cluster)
+        batch = make_micro_batch(changed, settled, _micro_of(changed, settled))
+        if tried == MOST_CONFIRMED or floor(changed, settled, batch) > budget or predict(changed, settled, batch).verdict != "FITS":
+            continue
+        tried += 1
+        memory = confirm(changed, settled, batch)
+        if memory.verdict != "FITS":
+            continue
+        step_s = _time_of(changed, shape, settled, device, trained_of)
+        grade = max(step.grade for step in steps)
+        suggestion = Suggestion(changes=changes, step_s=step_s, slowdown=step_s / before, need=memory.device("total").p95,
+                                effect=", ".join(step.effect for step in steps if step.effect))  # fmt: skip
+        found.append(((grade, step_s, len(changes)), picks, suggestion))
+    return [suggestion for _, _, suggestion in sorted(found, key=lambda item: item[0])][:ENOUGH_SUGGESTIONS]
+
+
+def _rank_picks(picks: tuple[int, ...], lists: list[list[_Step]]) -> tuple[int, int, int]:
+    """What is given up by a pick of each list (0 is none of it): milder picks come before all that contain them."""
+    steps = [lists[number][pick - 1] for number, pick in enumerate(picks) if pick]
+    return max((step.grade for step in steps), default=0), len(steps), sum(picks)
+
+
+def _time_of(recipe: Recipe, shape: ModelShape, layout: Layout, device: Device | None, trained_of: Callable[[Recipe], int]) -> float:
+    batch = make_micro_batch(recipe, layout, _micro_of(recipe, layout))
+    return estimate_step(recipe, shape, layout, batch, device, trained_of(recipe)).step_s if device else 1.0
+
+
+def suggest_nodes(
+    recipe: Recipe, cluster: Cluster, predict_on: Callable[[Cluster], MemoryPlan | None], counts: Iterable[int] = (2, 4, 8, 16, 32, 64)
+) -> int | None:
+    """The fewest nodes, among powers of two, on which the recipe as it is fits; None where none do."""
+    for nodes in counts:
+        if nodes > cluster.nodes and (memory := predict_on(cluster.model_copy(update={"nodes": nodes}))) and memory.verdict == "FITS":
+            return nodes
+    return None
