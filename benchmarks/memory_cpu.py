@@ -83,6 +83,7 @@ def read_live(run_dir: Path, ranks: int) -> dict[str, int]:
     loading = next(m["time_ns"] for m in marks if m["event"] == "phase" and m["name"] == "loading model")
     start = next(m["time_ns"] for m in marks if m["event"] == "start")
     last = max(m["time_ns"] for m in marks if m["event"] == "step")
+    mapped = next(m["mapped_bytes"] for m in marks if m["event"] == "memory")  # weights in the model's file: no allocator sees them
     found: dict[str, int] = {"building": 0, "stepping": 0, "held": 0}
     for rank in range(ranks):
         times, live = np.load(run_dir / f"live-{rank}.npy").T
@@ -92,7 +93,7 @@ def read_live(run_dir: Path, ranks: int) -> dict[str, int]:
             return int(live[(times >= begin) & (times < end)].max()) - base
 
         seen = {"building": peak(loading, start), "stepping": peak(start, last), "held": int(live[times < last][-1]) - base}
-        found = {name: max(found[name], seen[name]) for name in found}
+        found = {name: max(found[name], seen[name] + mapped) for name in found}
     return found
 
 

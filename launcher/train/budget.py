@@ -134,7 +134,7 @@ class Watch:
         readings = _gather(read_figures(self.plan, self.base - self.mapped))
         figures = {reading.name: {"predicted": reading.predicted, "predicted_p95": reading.predicted_p95, "measured": reading.measured,
                                   "error": reading.error} for reading in readings}  # fmt: skip
-        self.report({"event": "memory", "step": step, "figures": figures})
+        self.report({"event": "memory", "step": step, "figures": figures, "mapped_bytes": self.mapped})
         for reading in readings:
             if is_miss(reading):
                 self.report({"event": "note", "text": describe_miss(reading)})

@@ -62,10 +62,11 @@ def _quantise(linear: nn.Linear, quantization: Any, device: str) -> nn.Module:
             compress_statistics=quantization.bnb_4bit_use_double_quant, quant_type=quantization.bnb_4bit_quant_type,
             quant_storage=quantization.bnb_4bit_quant_storage,
         )  # fmt: skip
+    quantised: nn.Module = layer
     layer.weight = bnb.nn.Params4bit(
         linear.weight.data, requires_grad=False, compress_statistics=quantization.bnb_4bit_use_double_quant,
         quant_type=quantization.bnb_4bit_quant_type, quant_storage=quantization.bnb_4bit_quant_storage, module=layer,
     ).to(device)  # fmt: skip
     if linear.bias is not None:
         layer.bias = nn.Parameter(linear.bias.data.to(device), requires_grad=False)
-    return layer
+    return quantised
