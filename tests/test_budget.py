@@ -144,4 +144,4 @@ print(read_anonymous() - base)
     from launcher.cluster import cpu_has_bf16
 
     if cpu_has_bf16():  # without, torch has its own kernels
-        assert grown["bounded"] < part.bytes and grown["free"] > 2 * grown["bounded"]
+        assert grown["bounded"] < 2 * part.bytes and grown["free"] > 4 * grown["bounded"]
