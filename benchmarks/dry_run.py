@@ -27,7 +27,10 @@ from benchmarks.readings import READINGS, describe, score, sum_up
 from launcher.plan.known import find_known
 
 ROOT = Path(__file__).resolve().parent.parent
-MODELS = {"405B": ("meta-llama/Llama-3.1-405B-Instruct", 8, "llama-3.1-405b-qlora"), "8B": ("meta-llama/Llama-3.1-8B-Instruct", 1, "llama-3.1-8b-full")}
+MODELS = {
+    "405B": ("meta-llama/Llama-3.1-405B-Instruct", 8, "llama-3.1-405b-qlora"),
+    "8B": ("meta-llama/Llama-3.1-8B-Instruct", 1, "llama-3.1-8b-full"),
+}
 PACKAGES = ("lepton-launch", "accelerate", "deepspeed", "torch", "transformers")
 ACCELERATE = """
 import sys, types
@@ -135,7 +138,9 @@ def run_benchmark(rounds: int) -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "rounds": rounds,
         "processes": {name: {tool: summarise(runs) for (model, tool), runs in found.items() if model == name} for name in MODELS},
-        "auto": {name: summarise(runs) | {key: runs[0][key] for key in ("candidates", "considered", "verdict")} for name, runs in autos.items()},
+        "auto": {
+            name: summarise(runs) | {key: runs[0][key] for key in ("candidates", "considered", "verdict")} for name, runs in autos.items()
+        },
         "readings": {"errors": sum_up(scores), "scored": len(scores), "left_out": dict(left_out)},
     }
 
