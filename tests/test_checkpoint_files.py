@@ -27,6 +27,7 @@ from launcher.checkpoint.commit import (
     wait_for_manifests,
     write_commit,
 )
+from launcher.checkpoint.fetch import fetch
 from launcher.checkpoint.find import find_checkpoint, find_newest, split_step_url
 from launcher.checkpoint.identity import check_keys, check_same, find_differences, hash_weights, make_identity
 from launcher.checkpoint.lease import OWNER, Lease
@@ -141,6 +142,26 @@ def test_only_the_chunks_of_a_range_are_read(tmp_path: Path) -> None:
     (span,) = reader.find_spans("big", "master", CHUNK_BYTES // 4 - 1, CHUNK_BYTES // 4 + 1)
     assert bytes(reader.read(span)) == data[CHUNK_BYTES // 4 - 1 : CHUNK_BYTES // 4 + 1].tobytes()
     assert read == [2 * CHUNK_BYTES]
+
+
+def test_a_thousand_small_tensors_are_read_in_few_requests(tmp_path: Path) -> None:
+    read: list[str] = []
+    storage = open_storage(str(tmp_path), lambda word: read.append(word) if word.startswith("read ") else None)
+    values = {f"layer{number}": np.full(10, number, dtype=np.float32) for number in range(1000)}
+    pieces = [Piece(name=name, kind="master", start=0, length=10, shape=(10,), dtype="F32", data=memoryview(value.tobytes()))
+              for name, value in values.items()]  # fmt: skip
+    write_shard(storage, step_folder(3), 0, "a", pieces)
+    records = wait_for_manifests(storage, 3, 1, "a", lambda: False)
+    assert records is not None
+    write_commit(storage, commit_of(3, 1, "a", shards=records))
+    reader = Reader(storage, load_commit(storage, 3))
+    targets = {name: bytearray(40) for name in values}
+    spans = {name: reader.find_spans(name, "master", 0, 10)[0] for name in values}
+    read.clear()
+    fetch(storage, [reader.want(spans[name], memoryview(target)) for name, target in reversed(targets.items())])
+    assert len(read) == 2 and all(target == values[name].tobytes() for name, target in targets.items())
+    read.clear()
+    assert find_damage(storage, 3) == [] and len(read) == 5  # COMMIT, manifest, header, and the same two
 
 
 # --------------------------------------------------------------------------------------------------------------- damage

@@ -147,6 +147,39 @@ def test_a_storage_that_fails_costs_no_checkpoint(straight: tuple[Path, list[Eve
     assert losses(resumed) == losses(straight[1])[4:]
 
 
+def fine_tune_cut_off(me: Any, plan: Plan, step: int) -> list[Event]:
+    """Job: fine_tune on a storage that can neither be written to nor cleaned up while `step` is saved."""
+    from launcher.run import RunFolder
+    from launcher.train.worker import fine_tune as run
+
+    gone = True
+
+    def watch(word: str) -> None:
+        nonlocal gone
+        if gone and f"step-{step:06d}/rank-00000" in word:
+            raise ConnectionResetError("the share went away")
+        if gone and word.startswith(f"before delete step-{step:06d}"):
+            gone = False
+            raise ConnectionResetError("the share went away")
+
+    events: list[Event] = []
+    run(plan, me, RunFolder(Path(plan.run_dir)), events.append, lambda: False, open_storage(plan.checkpoints, watch), None)
+    return events
+
+
+def test_a_storage_that_fails_while_saving_costs_that_save_alone(
+    straight: tuple[Path, list[Event]], two_ranks: Ranks, tiny: Path, tmp_path: Path
+) -> None:
+    case = {"save": {"every_steps": 2, "keep": 1}}
+    events = two_ranks.run(fine_tune_cut_off, plan_case(tiny, tmp_path, 2, **case), 4)[0]
+    assert losses(events) == losses(straight[1])
+    (failed,) = [event for event in events if event["event"] == "checkpoint_failed"]
+    assert failed["step"] == 4 and "the share went away" in failed["why"]
+    assert [event["step"] for event in events if event["event"] == "checkpoint"] == [2, 6]
+    assert {name.split("/")[0] for name in open_storage(str(tmp_path / "checkpoints")).list()} == {"step-000006"}
+    assert read_shards(tmp_path, 6) == read_shards(straight[0], 6)
+
+
 @pytest.mark.parametrize("stage", ["2", "3"])
 def test_a_rank_reads_its_share_and_each_byte_of_it_once(stage: str, two_ranks: Ranks, one_rank: Ranks, tiny: Path, tmp_path: Path) -> None:
     """At the same world size its own shard, but for the header and the other's part; on more ranks than saved it, no more than its part."""

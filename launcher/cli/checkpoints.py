@@ -91,14 +91,15 @@ def checkpoints_verify(run: RunOrPlace, step: StepOption = None, as_json: JsonOp
 
     storage = open_run_storage(run)
     steps = list_committed(storage) if step is None and list_committed(storage) else [_choose_step(storage, step)]
-    damage = {one: find_damage(storage, one) for one in steps}
+    damage = {}
+    for one in steps:
+        damage[one] = find_damage(storage, one)
+        if not as_json:
+            print(f"step {one}: {'whole' if not damage[one] else 'DAMAGED'}", *damage[one], sep="\n  ", flush=True)
     if as_json:
         print_json(
             {"checkpoints": storage.url, "steps": [{"step": one, "verified": not found, "damage": found} for one, found in damage.items()]}
         )
-    else:
-        for one, found in damage.items():
-            print(f"step {one}: {'whole' if not found else 'DAMAGED'}", *found, sep="\n  ")
     if any(damage.values()):
         raise typer.Exit(CheckpointError.exit_code)
 

@@ -16,6 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -198,7 +199,8 @@ class Saver:
         write_commit(self._storage, whole)
         self._outcome = {"event": "checkpoint", "step": commit.step, "bytes": whole.num_bytes, "write_s": time.perf_counter() - began,
                          "path": f"{self._storage.url}/{whole.folder}"}  # fmt: skip
-        prune(self._storage, self._plan.recipe.save.keep, commit.best_step if self._plan.recipe.save.keep_best else 0)
+        with suppress(OSError, CheckpointError):  # the next save prunes again
+            prune(self._storage, self._plan.recipe.save.keep, commit.best_step if self._plan.recipe.save.keep_best else 0)
 
     # ----------------------------------------------------------------------------------------- on the main thread
 
@@ -224,7 +226,9 @@ class Saver:
             self._committed_step = self._saved_step
             return
         if self._outcome is None and self._rank == 0:
-            delete_step(self._storage, self._saved_step)
+            # Where the storage is gone this fails too; the next save that succeeds removes what is left.
+            with suppress(OSError, CheckpointError):
+                delete_step(self._storage, self._saved_step)
         self._report({"event": "checkpoint_failed", "step": self._saved_step, "why": "; ".join(filter(None, reasons))})
         dist.barrier()
 
