@@ -148,7 +148,11 @@ def predict_memory(
         else:
             notes.append(f"activations: traced on the meta device, because a {shape.model_type} has no exact arithmetic here")
     parts = Parts(work, acting, sharding, counts, states, batch.gradient_accumulation_steps)
-    phases = _make_phases(parts, profile, exact=replay, known=profile is not None or not notes)
+    known, traced = profile is not None or not notes, profile
+    profile = traced or profile_step(
+        acting, keep_gradients=parts.keeps, gradients_exist=parts.keeps and batch.gradient_accumulation_steps > 1, exact=replay
+    )
+    phases = _make_phases(parts, profile, known=known)
     story = (
         tell_step(parts.acting, states, sharding, parts.keeps, batch.gradient_accumulation_steps)
         if replay and layout.accelerator == "cuda"
@@ -159,9 +163,9 @@ def predict_memory(
     finished = tuple(
         Phase(name=name, components=_finish(components, slack[name], layout, overheads, sharding)) for name, components in phases.items()
     )
-    held = profile.host_checkpoints if profile is not None else 0
     notes += _find_notes(parts)
-    host = make_host_phases(recipe, shape, layout, states, counts, finished, overheads.libraries, overheads.libraries_error, held)
+    host = make_host_phases(recipe, shape, layout, states, counts, finished, overheads.libraries, overheads.libraries_error,
+                             profile.host_checkpoints)  # fmt: skip
     return MemoryPlan(
         phases=finished,
         host_phases=host,
@@ -231,10 +235,9 @@ def part(name: str, size: int, provenance: Provenance = "exact", error: float = 
     return Component(name=name, bytes=size, provenance=provenance, error=error, counts_in=counts_in)
 
 
-def _make_phases(parts: Parts, traced: StepProfile | None, *, exact: bool, known: bool) -> dict[str, Held]:
+def _make_phases(parts: Parts, profile: StepProfile, *, known: bool) -> dict[str, Held]:
     work, states, sharding, counts = parts.work, parts.states, parts.sharding, parts.counts
     several = parts.micro_steps > 1
-    profile = traced or profile_step(parts.acting, keep_gradients=parts.keeps, gradients_exist=parts.keeps and several, exact=exact)
     gathered = gather(work, sharding)
     weights = [
         part("weights", states.weights + states.persistent),
@@ -272,7 +275,7 @@ def _make_phases(parts: Parts, traced: StepProfile | None, *, exact: bool, known
         "reduce": [*held, *gradients, *bucket, part("gradients", left, "source"), part("step workspace", states.reduce_copy, "source", 0.05)],
         "optimizer step": [*held, *step_gradients, *always, part("step workspace", states.step_peak, "source", 0.05)],
         "evaluation": [*held, *always, *(gradients if sharding.stage == 3 else []),
-                       *computing(profile.forward if traced else profile_evaluation(parts.acting), max(gathered.forward, gathered.loss))],
+                       *computing(profile.forward if profile.is_traced else profile_evaluation(parts.acting), max(gathered.forward, gathered.loss))],
         "save": [*held, *always, *(gradients if sharding.stage == 3 else []),
                  part("gathered parameters", _exported_at_once(parts, gathered), "source", 0.1)],
         "resume": [*held, *always, *(gradients if sharding.stage == 3 else [])],
