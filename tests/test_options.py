@@ -34,7 +34,7 @@ def bytes_of(plan: Plan, phase: str, component: str, *, host: bool = False) -> i
     return sum(part.bytes for found in phases if found.name == phase for part in found.components if part.name == component)
 
 
-@pytest.mark.parametrize("method", [{"kind": "full"}, {"kind": "freeze", "last_layers": 2}, {"kind": "lora"}, {"kind": "qlora"}])
+@pytest.mark.parametrize("method", [{"kind": "full"}, {"kind": "qlora"}], ids=["full", "qlora"])
 @pytest.mark.parametrize("name", get_args(OptimName))
 def test_every_optimizer_is_planned_under_every_stage(name: str, method: dict[str, Any]) -> None:
     states = []

@@ -39,7 +39,7 @@ class Overheads:
     """What does not follow from the model: constants of a machine, each with its relative error. `lepton-launch calibrate` measures them."""
 
     library_workspace: int = 2 * 8 * MIB + MIB // 4
-    """cuBLAS keeps 8.125 MiB a handle and stream; two of them are what 8 readings on an A100 lack (MEMORY.md, 2.)."""
+    """cuBLAS keeps 8.125 MiB a handle, 32 MiB from Hopper on (at::cuda::getChosenWorkspaceSize); forward's and autograd's thread have one each."""
     library_error: float = 1.0
     context: int = 500 * MIB
     """The driver's part of a device: CUDA context and loaded kernels."""
@@ -53,6 +53,14 @@ class Overheads:
 
 
 DEFAULT_OVERHEADS = Overheads()
+FROM_HOPPER_ON = ("H100", "H200", "H800", "B100", "B200", "B300")
+"""In a device's name."""
+
+
+def choose_overheads(device_name: str | None) -> Overheads:
+    """The constants of a device that was not measured."""
+    recent = any(name in (device_name or "") for name in FROM_HOPPER_ON)
+    return replace(DEFAULT_OVERHEADS, library_workspace=2 * 32 * MIB) if recent else DEFAULT_OVERHEADS
 
 
 def method_facts(recipe: Recipe) -> MethodFacts:
@@ -119,7 +127,7 @@ def predict_memory(
     deepspeed: Mapping[str, Any],
     budget: int | None = None,
     replay: bool = True,
-    overheads: Overheads = DEFAULT_OVERHEADS,
+    overheads: Overheads | None = None,
     expandable_segments: bool = False,
     tracer: Tracer | None = None,
     work: Workload | None = None,
@@ -130,6 +138,7 @@ def predict_memory(
     extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step of a model that has no closed form.
     `work` is what a rank computes, where it is not what this launcher's loop would.
     """
+    overheads = overheads or choose_overheads(cluster.device_name)
     work, sharding = work or make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     counts = count_states(work)
     states = make_states(
@@ -347,7 +356,7 @@ def _finish(components: Held, slack: Component, layout: Layout, overheads: Overh
     if layout.accelerator == "cpu":
         outside = [slack, part("libraries", overheads.libraries, "fitted", overheads.libraries_error, "total")]
     else:
-        outside = [part("library workspace", overheads.library_workspace, "fitted", overheads.library_error), slack,
+        outside = [part("library workspace", overheads.library_workspace, "source", overheads.library_error), slack,
                    part("CUDA context", overheads.context, "assumed", overheads.context_error, "total")]  # fmt: skip
         if sharding.ranks > 1:
             outside.append(part("NCCL", overheads.nccl, "assumed", overheads.nccl_error, "total"))
