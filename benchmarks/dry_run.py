@@ -93,14 +93,17 @@ def list_commands(name: str, folder: Path) -> dict[str, list[str]]:
     }
 
 
-def time_auto(name: str, folder: Path) -> dict[str, Any]:
-    """A dry run that chooses everything, as a whole process: seconds, and how many candidates it had."""
+def list_auto(name: str, folder: Path) -> list[str]:
+    """A dry run that chooses everything."""
     gpu, nodes = AUTO_ON[name]
     words = [sys.executable, "-m", "launcher.cli", "llama-3.1-8b-lora", f"model.name_or_path={folder}", *ALL_AUTO]
-    seconds, resident, text = measure([*words, "--gpu", gpu, "--nodes", str(nodes), "--gpus-per-node", "8", "--explain", "--json"])
-    facts = json.loads(text)
-    return {"seconds": seconds, "peak_resident_bytes": resident, "candidates": facts["candidates_total"],
-            "considered": facts["candidates_considered"], "verdict": facts["verdict"]}  # fmt: skip
+    return [*words, "--gpu", gpu, "--nodes", str(nodes), "--gpus-per-node", "8", "--dry-run"]
+
+
+def count_candidates(words: list[str]) -> dict[str, Any]:
+    """How many there were to choose from, and how many were looked at: not timed, because --explain searches once more."""
+    facts = json.loads(measure([*words, "--explain", "--json"])[2])
+    return {"candidates": facts["candidates_total"], "considered": facts["candidates_considered"], "verdict": facts["verdict"]}
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -114,21 +117,18 @@ def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
 def run_benchmark(rounds: int) -> dict[str, Any]:
     commands: dict[tuple[str, str], list[str]] = {}
     found: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    autos: dict[str, list[dict[str, Any]]] = {}
+    counts: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as place:
         for name, (hub_id, _, _) in MODELS.items():
             folder = write_folder(Path(place), hub_id)
             commands |= {(name, tool): words for tool, words in list_commands(name, folder).items()}
-            autos[name] = []
+            commands[name, "auto"] = list_auto(name, folder)
+            counts[name] = count_candidates(commands[name, "auto"])
         for number in range(rounds + 1):  # the first fills caches, and is not counted
             for key, words in commands.items():
                 seconds, resident, _ = measure(words)
                 if number:
                     found.setdefault(key, []).append({"seconds": seconds, "peak_resident_bytes": resident})
-            for name, (hub_id, _, _) in MODELS.items():
-                run = time_auto(name, Path(place) / hub_id.rpartition("/")[2])
-                if number:
-                    autos[name].append(run)
     scores, left_out = score(READINGS)
     print(describe(scores, left_out), file=sys.stderr)
     return {
@@ -137,10 +137,10 @@ def run_benchmark(rounds: int) -> dict[str, Any]:
         "machine": {"cpu": platform.machine(), "cores": os.cpu_count(), "load_before": os.getloadavg()},
         "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
         "rounds": rounds,
-        "processes": {name: {tool: summarise(runs) for (model, tool), runs in found.items() if model == name} for name in MODELS},
-        "auto": {
-            name: summarise(runs) | {key: runs[0][key] for key in ("candidates", "considered", "verdict")} for name, runs in autos.items()
+        "processes": {
+            name: {tool: summarise(runs) for (model, tool), runs in found.items() if model == name and tool != "auto"} for name in MODELS
         },
+        "auto": {name: summarise(found[name, "auto"]) | counts[name] for name in MODELS},
         "readings": {"errors": sum_up(scores), "scored": len(scores), "left_out": dict(left_out)},
     }
 
