@@ -4,7 +4,8 @@
     accelerate estimate-memory weights, gradients and Adam of one device (its question to the hub is answered at once: it takes no folder)
     deepspeed                  estimate_zero2/3_model_states_mem_needs_all_cold, given the parameters' number, so that it builds no model
 
-They take turns, round by round; medians of wall seconds and of peak resident memory are reported. Then `auto` over all candidates of a recipe
+They take turns, round by round; medians of wall seconds, of seconds of a core (which other work on the machine does not lengthen) and of peak
+resident memory are reported. Then `auto` over all candidates of a recipe
 that leaves everything open, and the table of errors on ../shared/data/measured_peaks.jsonl (benchmarks/readings.py).
 """
 
@@ -52,8 +53,8 @@ ALL_AUTO = ("method.kind=lora", "method.quantization=auto", "model.loss=auto", "
 AUTO_ON = {"8B": ("rtx-4090", 1), "405B": ("h100-80gb", 8)}
 
 
-def measure(words: list[str]) -> tuple[float, int, str]:
-    """Wall seconds, peak resident bytes and output of a command."""
+def measure(words: list[str]) -> tuple[dict[str, Any], str]:
+    """Wall seconds, seconds of a core, peak resident bytes, and the output of a command."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"} | {"HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryFile("w+") as output:
         began = time.perf_counter()
@@ -65,7 +66,8 @@ def measure(words: list[str]) -> tuple[float, int, str]:
         text = output.read()
     if process.returncode not in (0, 3):  # 3: it does not fit, which is an answer
         raise RuntimeError(f"{' '.join(words[:3])} ended with {process.returncode}:\n{text[-2000:]}")
-    return seconds, used.ru_maxrss * 1024, text
+    facts = {"seconds": seconds, "cpu_s": used.ru_utime + used.ru_stime, "peak_resident_bytes": used.ru_maxrss * 1024}
+    return facts, text
 
 
 def write_folder(place: Path, hub_id: str) -> Path:
@@ -102,13 +104,14 @@ def list_auto(name: str, folder: Path) -> list[str]:
 
 def count_candidates(words: list[str]) -> dict[str, Any]:
     """How many there were to choose from, and how many were looked at: not timed, because --explain searches once more."""
-    facts = json.loads(measure([*words, "--explain", "--json"])[2])
+    facts = json.loads(measure([*words, "--explain", "--json"])[1])
     return {"candidates": facts["candidates_total"], "considered": facts["candidates_considered"], "verdict": facts["verdict"]}
 
 
 def summarise(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "median_s": statistics.median(run["seconds"] for run in runs),
+        "median_cpu_s": statistics.median(run["cpu_s"] for run in runs),
         "all_s": [round(run["seconds"], 3) for run in runs],
         "peak_resident_mib": round(statistics.median(run["peak_resident_bytes"] for run in runs) / 2**20, 1),
     }
@@ -126,9 +129,9 @@ def run_benchmark(rounds: int) -> dict[str, Any]:
             counts[name] = count_candidates(commands[name, "auto"])
         for number in range(rounds + 1):  # the first fills caches, and is not counted
             for key, words in commands.items():
-                seconds, resident, _ = measure(words)
+                facts, _ = measure(words)
                 if number:
-                    found.setdefault(key, []).append({"seconds": seconds, "peak_resident_bytes": resident})
+                    found.setdefault(key, []).append(facts)
     scores, left_out = score(READINGS)
     print(describe(scores, left_out), file=sys.stderr)
     return {
@@ -154,9 +157,13 @@ def main() -> None:
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     for name, tools in result["processes"].items():
         for tool, facts in tools.items():
-            print(f"{name:5s} {tool:14s} {facts['median_s']:7.2f} s {facts['peak_resident_mib']:8.1f} MiB")
+            print(
+                f"{name:5s} {tool:14s} {facts['median_s']:7.2f} s ({facts['median_cpu_s']:.2f} s of a core) {facts['peak_resident_mib']:8.1f} MiB"
+            )
     for name, facts in result["auto"].items():
-        print(f"{name:5s} auto over {facts['candidates']} candidates ({facts['considered']} looked at): {facts['median_s']:.2f} s")
+        print(
+            f"{name:5s} auto over {facts['candidates']} candidates ({facts['considered']} looked at): {facts['median_s']:.2f} s ({facts['median_cpu_s']:.2f} s of a core)"
+        )
 
 
 if __name__ == "__main__":
