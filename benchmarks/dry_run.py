@@ -49,7 +49,7 @@ zero2(total_params=params, num_gpus_per_node=8, num_nodes=nodes)
 zero3(total_params=params, largest_layer_params=largest, num_gpus_per_node=8, num_nodes=nodes)
 """
 ALL_AUTO = ("method.kind=lora", "method.quantization=auto", "model.loss=auto", "parallel.zero_stage=auto", "parallel.offload=auto",
-            "parallel.reduce_bucket_size=auto", "memory.gradient_checkpointing=auto", "batch.global_batch_size=1440", "data.seq_len=1024")  # fmt: skip
+            "parallel.reduce_bucket_size=auto", "memory.gradient_checkpointing=auto", "batch.global_batch_size=5760", "data.seq_len=1024")  # fmt: skip
 AUTO_ON = {"8B": ("rtx-4090", 1), "405B": ("h100-80gb", 8)}
 
 
