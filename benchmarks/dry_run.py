@@ -71,12 +71,13 @@ def measure(words: list[str]) -> tuple[dict[str, Any], str]:
 
 
 def write_folder(place: Path, hub_id: str) -> Path:
-    """A model's folder with its config.json, and nothing in its weights."""
+    """A model's folder with its config.json, a chat template, and nothing in its weights."""
     known = find_known(hub_id)
     assert known is not None, hub_id
     folder = place / hub_id.rpartition("/")[2]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(known.config))
+    (folder / "tokenizer_config.json").write_text('{"chat_template": ""}')
     (folder / "model.safetensors").touch()
     return folder
 
