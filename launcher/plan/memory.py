@@ -388,9 +388,9 @@ def _find_notes(parts: Parts) -> list[str]:
                 f"quantisation: bitsandbytes takes linear layers only, {packed / shape.num_params:.0%} of this model; its experts stay in 16 bits"
             )
     logits = 12 * work.loss_columns * shape.vocab_size * (1 if work.attention == "flash_attention_2" else work.micro_batch_size)
-    if logits > 4 * GIB:
-        notes.append(f"logits: up to {logits / GIB:.1f} GiB for the loss of {work.tokens} tokens over {shape.vocab_size} words; a smaller"
-                     " batch.micro_batch_size or data.seq_len takes less")  # fmt: skip
+    if logits > 4 * GIB and work.loss == "plain":
+        notes.append(f"logits: up to {logits / GIB:.1f} GiB for the loss of {work.tokens} tokens over {shape.vocab_size} words;"
+                     " model.loss: chunked makes a few rows of them at a time")  # fmt: skip
     if method.r:
         notes.append(f"merge: afterwards, by lepton-launch export --merge, which holds the whole model in host memory"
                      f" ({format_bytes(work.width * shape.num_params)}); no part of the run")  # fmt: skip
