@@ -232,12 +232,12 @@ class Memory(Spec):
     budget: str | None = None
     """What a device may use, such as 24GiB: the plan fits it and the run is held to it. Without one, the device's memory."""
 
-    @field_validator("budget")
+    @field_validator("budget", mode="before")
     @classmethod
-    def _with_unit(cls, value: str | None) -> str | None:
+    def _with_unit(cls, value: Any) -> Any:
         if value is not None:
             try:
-                make_bytes(value)
+                make_bytes(str(value))
             except ValueError:
                 raise ValueError("should be a size with its unit, such as 24GiB or 80GB") from None
         return value

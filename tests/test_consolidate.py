@@ -80,15 +80,15 @@ def whole_masters(checkpoint: Path, like: dict[str, torch.Tensor]) -> dict[str, 
     return {name: whole[name].view(tensor.shape).to(tensor.dtype) for name, tensor in like.items()}
 
 
-def test_the_best_weights_of_a_checkpoint(two_ranks: Ranks, tiny: Path, tmp_path: Path) -> None:
+def test_the_best_weights_of_a_checkpoint(one_rank: Ranks, tiny: Path, tmp_path: Path) -> None:
     case: dict[str, Any] = {
-        "method": "lora",
+        "data": {"train": str(tiny / "train.jsonl")},
         "optim": {"name": "adamw", "lr": 0.15, "max_grad_norm": 0.0},
         "schedule": {"max_steps": 8, "epochs": 60.0, "kind": "constant"},
         "evaluate": {"every_steps": 2, "early_stopping": {"patience": 50}},
         "save": {"every_steps": 8},
     }
-    run, events = train(two_ranks, plan_case(tiny, tmp_path / "run", 2, **case))
+    run, events = train(one_rank, plan_case(tiny, tmp_path / "run", 1, **case))
     during = evaluations(events, "during")
     assert min(during) != during[-1], "the last is the best: nothing to tell apart"
     answer(run, "consolidate", "--best", "--output", tmp_path / "best")

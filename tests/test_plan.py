@@ -173,7 +173,8 @@ def test_batch_arithmetic(global_batch_size: int, ranks: int) -> None:
         below, above = global_batch_size // ranks * ranks, (global_batch_size // ranks + 1) * ranks
         use = f"use {below} or {above}" if below else f"use {above}"
         assert told == (
-            f"batch.global_batch_size: {global_batch_size} is not divisible by {ranks} ranks → {use}, or another number of workers"
+            f"batch.global_batch_size: {global_batch_size} is not divisible by {ranks} ranks{': each takes a row at least' * (not below)}"
+            f" → {use}, or another number of workers"
         )
         return
     share = global_batch_size // ranks
@@ -366,18 +367,19 @@ def test_numbers_that_may_be_left_out(tmp_path: Path) -> None:
     def shape_of(**changes: Any) -> ModelShape:
         return load_shape(locate_model(str(write_config(tmp_path / "m", {**CONFIG, **changes})), "."), None)
 
-    assert shape_of(intermediate_size=None).intermediate_size == 256
+    with pytest.raises(ModelError, match="has no intermediate_size, which a llama needs"):
+        shape_of(intermediate_size=None)
     assert shape_of(num_key_value_heads=None).num_kv_heads == 4
     assert (shape_of(head_dim=None).head_dim, shape_of(head_dim=32).head_dim) == (16, 32)
-    assert shape_of(head_dim=32, num_attention_heads=5).num_heads == 5
+    assert shape_of(head_dim=32, num_attention_heads=6).num_heads == 6
     assert shape_of(text_config=CONFIG | {"vocab_size": 7}).vocab_size == 7
     assert shape_of(model_type="gemma").tied_embeddings is False
     untold = {key: value for key, value in CONFIG.items() if key != "tie_word_embeddings"}
     for kind, tied in (("llama", False), ("gemma", True), ("smollm3", True), ("qwen2", False)):
         folder = write_config(tmp_path / kind, untold | {"model_type": kind})
         assert load_shape(locate_model(str(folder), "."), None).tied_embeddings is tied
-    with pytest.raises(ModelError, match="5 attention heads do not divide hidden_size 64"):
-        shape_of(num_attention_heads=5)
+    with pytest.raises(ModelError, match="6 attention heads do not divide hidden_size 64"):
+        shape_of(num_attention_heads=6)
     with pytest.raises(ModelError, match=r"intermediate_size is \[1, 2\], and not a whole number"):
         shape_of(intermediate_size=[1, 2])
 

@@ -19,7 +19,7 @@ from launcher.plan.decoder import CLOSED_FORMS
 from launcher.plan.shape import shape_of_config
 from launcher.plan.step import run_step
 from launcher.plan.workload import MethodFacts, Workload
-from launcher.train.trace import trace_layers
+from launcher.train.profiling import trace_layers
 
 FULL = MethodFacts(trains="all")
 LORA = MethodFacts(trains="adapters", r=4)

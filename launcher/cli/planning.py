@@ -2,23 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
 from launcher.cli.app import print_json
-from launcher.errors import BudgetError, ClusterError, Fault, RecipeError
+from launcher.errors import BudgetError, ClusterError, Fault, ModelError, RecipeError
 
 if TYPE_CHECKING:
     from launcher.cluster import Cluster
     from launcher.plan import Plan
     from launcher.plan.dry_run import DryRun
+    from launcher.plan.profile import StepProfile
+    from launcher.plan.shape import ModelShape
+    from launcher.plan.workload import Workload
     from launcher.recipe import Recipe
 
 DOES_NOT_FIT = BudgetError.exit_code
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MetaTracer:
+    """A launcher.plan.memory.Tracer that imports torch when it is needed. `asked`: with --trace, so that what cannot be traced is an error."""
+
+    asked: bool = False
+
+    def profile(self, work: Workload, *, keep_gradients: bool) -> StepProfile | str:
+        profiling = _import_profiling(must=self.asked or not work.shape.is_known, kind=work.shape.model_type)
+        if profiling is None:
+            return "torch is not installed"
+        found: StepProfile | str = profiling.profile(work, keep_gradients=keep_gradients)
+        if isinstance(found, str) and self.asked:
+            raise ModelError(f"a {work.shape.model_type} cannot be traced on the meta device: {found}", "plan without --trace")
+        return found
+
+    def count(self, shape: ModelShape) -> ModelShape:
+        profiling = _import_profiling(must=True, kind=shape.model_type)
+        counted: ModelShape = profiling.count(shape)
+        return counted
+
+
+def _import_profiling(*, must: bool, kind: str) -> Any:
+    """launcher.train.profiling, or None without torch. Raises ModelError where it `must` be there."""
+    try:
+        from launcher.train import profiling
+    except ImportError as error:
+        if not must:
+            return None
+        raise ModelError(
+            f"a {kind} can be planned by a trace on torch's meta device only, and {error.name or 'torch'} is not installed",
+            "pip install torch transformers peft (the CPU build does), or plan for an architecture that docs/dry-run.md lists",
+        ) from None
+    return profiling
 
 
 def make_budget_override(budget: str | None) -> tuple[str, ...]:
@@ -84,11 +123,14 @@ def _write_page(dry: DryRun, path: Path) -> None:
 
 
 def check_fits(plan: Plan, told: TextIO) -> None:
-    """Refuse a run that is expected not to fit; warn of one that may not. Raises BudgetError with what would fit."""
+    """Refuse a run that cannot start or is expected not to fit; warn of one that may not. Raises ModelError, or BudgetError with what would fit."""
     from launcher.plan.plan import make_suggestions
+    from launcher.plan.trainable import find_obstacle
     from launcher.units import format_bytes
     from launcher.view_plan import describe_verdict, format_changes
 
+    if (obstacle := find_obstacle(plan.shape, plan.recipe)) is not None:
+        raise ModelError(f"the run cannot start: {obstacle}", "add --dry-run to plan it all the same")
     memory = plan.memory
     known = plan.recipe.memory.budget is not None or plan.cluster.device_memory > 1
     too_much = memory.device("total").p50 > memory.budget or (memory.host_budget is not None and memory.host.p50 > memory.host_budget)

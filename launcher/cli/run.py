@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
 import typer
 
 from launcher.cli.app import VERBS, ClusterOption, JsonOption, OverridesArgument, RecipeArgument, app, print_json
-from launcher.errors import BudgetError, ClusterError, Fault, ModelError, RecipeError
+from launcher.errors import BudgetError, ClusterError, Fault, RecipeError
 
 if TYPE_CHECKING:
     from launcher.cluster import Cluster
     from launcher.job.package import GoingOn
     from launcher.plan import Plan
-    from launcher.plan.profile import StepProfile
-    from launcher.plan.workload import Workload
     from launcher.recipe import Recipe
     from launcher.resuming import Choice
     from launcher.run import RunFolder
@@ -53,6 +51,10 @@ def run(
     ] = None,
     budget: Annotated[str | None, typer.Option(metavar="SIZE", help="Plan for, and hold each device to, this much, such as 24GiB.")] = None,
     explain: Annotated[bool, typer.Option("--explain", help="A dry run that also shows what was considered for each auto.")] = False,
+    trace: Annotated[
+        bool,
+        typer.Option("--trace", help="A dry run that takes activations from a trace on torch's meta device. It takes torch, and seconds."),
+    ] = False,
     html: Annotated[Path | None, typer.Option(metavar="FILE", help="A dry run that also writes a page with the memory's timeline.")] = None,
     sweep: Annotated[
         list[str] | None, typer.Option(metavar="KEY=VALUES", help="Plan at each of several values: seq_len=2k,8k,32k nodes=1..8.")
@@ -76,7 +78,7 @@ def run(
     from launcher.resuming import choose_run, continue_plan
 
     path, changes = locate_named_recipe(recipe), tuple(overrides or ()) + make_budget_override(budget)
-    dry_run = dry_run or explain or bool(html) or bool(sweep)
+    dry_run = dry_run or explain or trace or bool(html) or bool(sweep)
     options = make_ray_options(storage, capacity_timeout, cpus_per_worker, label, secret)
 
     def cluster_of(machines: dict[str, str]) -> Cluster:
@@ -93,7 +95,7 @@ def run(
 
         def plan_with(more: tuple[str, ...], where: Cluster) -> Plan:
             varied = load_recipe(path, kept + more)
-            return make_checked_plan(varied, path, where, Path(varied.output_dir).absolute() / varied.name)
+            return make_checked_plan(varied, path, where, Path(varied.output_dir).absolute() / varied.name, trace=trace)
 
         show_sweep(axes, plan_with, cluster_of, as_json=as_json)
         return
@@ -106,7 +108,7 @@ def run(
         run_on_cluster(loaded, path, changes, chosen, each, going_on, dry_run=dry_run, detach=detach, as_json=as_json)
         return
     choice = choose_run(loaded, fresh=fresh or resume is not None)
-    plan = make_checked_plan(loaded, path, chosen, choice.path)
+    plan = make_checked_plan(loaded, path, chosen, choice.path, trace=trace)
     plan = continue_plan(plan, choice, resume=resume, allow_changed=tuple(allow_changed or ()))
     if dry_run:
         show_dry_run(loaded, plan, explain=explain, html=html, as_json=as_json)
@@ -222,26 +224,17 @@ def is_elsewhere(cluster: Cluster, dry_run: bool) -> bool:
     return not (dry_run and {"device_memory", "host_memory"} <= cluster.model_fields_set)
 
 
-def make_checked_plan(recipe: Recipe, path: Path, cluster: Cluster, run_path: Path) -> Plan:
+def make_checked_plan(recipe: Recipe, path: Path, cluster: Cluster, run_path: Path, *, trace: bool = False) -> Plan:
     """The plan of a recipe whose data has been looked at too: all that can be wrong before long work."""
+    from launcher.cli.planning import MetaTracer
     from launcher.data.check import check_data
     from launcher.plan import make_plan
 
-    plan = make_plan(recipe, cluster, base_dir=str(path.parent.resolve()), run_dir=str(run_path), tracer=_trace)
+    plan = make_plan(
+        recipe, cluster, base_dir=str(path.parent.resolve()), run_dir=str(run_path), tracer=MetaTracer(asked=trace), trace=trace
+    )
     check_data(recipe.data, plan.base_dir, has_chat_template=plan.shape.has_chat_template)
     return plan
-
-
-def _trace(work: Workload, *, keep_gradients: bool) -> StepProfile | None:
-    """The profile of a model of an unknown architecture; None where there is no torch, or it cannot be traced."""
-    try:
-        from launcher.train.trace import profile_by_trace
-    except ImportError:
-        return None
-    try:
-        return profile_by_trace(work, keep_gradients=keep_gradients)
-    except ModelError:
-        return None
 
 
 def _fill_run_folder(folder: RunFolder, plan: Plan, recipe_path: Path, overrides: tuple[str, ...]) -> None:

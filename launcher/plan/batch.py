@@ -26,7 +26,10 @@ def check_batch(*, global_batch_size: int, micro_batch_size: int | str, ranks: i
     """Raises RecipeError where the global batch does not divide by the ranks, or a rank's share by the micro-batch."""
     if global_batch_size % ranks:
         near = sorted({max(ranks, global_batch_size // ranks * ranks), -(-global_batch_size // ranks) * ranks})
-        raise RecipeError([Fault("plan", "batch.global_batch_size", f"{global_batch_size} is not divisible by {ranks} ranks",
+        problem = f"{global_batch_size} is not divisible by {ranks} ranks"
+        if global_batch_size < ranks:
+            problem += ": each takes a row at least"
+        raise RecipeError([Fault("plan", "batch.global_batch_size", problem,
                                  f"use {' or '.join(map(str, near))}, or another number of workers")])  # fmt: skip
     share = global_batch_size // ranks
     if micro_batch_size != "auto" and share % int(micro_batch_size):

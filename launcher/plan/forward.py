@@ -66,7 +66,7 @@ def _slides(config: Config, layer: int) -> bool:
     if kind in ("gemma2", "gpt_oss"):
         return layer % 2 == 0
     if kind == "gemma3_text":
-        return bool((layer + 1) % config.get("sliding_window_pattern", 6) != 0)
+        return (layer + 1) % int(config.get("sliding_window_pattern", 6)) != 0
     if kind in ("mistral", "mixtral", "phi3", "starcoder2", "ministral"):
         return sliding_window(config) is not None
     if kind == "qwen3_moe":

@@ -28,6 +28,17 @@ def head_of(c: Config) -> str:
     return name.partition("For")[2] if "For" in name else "LMHead" if name.endswith("LMHeadModel") else ""
 
 
+COUNTED = "counted_parameters"
+"""A config's key for the parameters of a model that was built: a list of blocks, each its prefix, its layers, and its weights."""
+
+
+def _counted(c: Config) -> Inventory:
+    return tuple(
+        Block(prefix, tuple(Weight(name, tuple(shape), matrix) for name, shape, matrix in weights), tuple(layers))
+        for prefix, layers, weights in c[COUNTED]
+    )
+
+
 def _bert(c: Config) -> Inventory:
     kind, hidden, inner, vocab = c["model_type"], c["hidden_size"], c["intermediate_size"], c["vocab_size"]
     head, labels = head_of(c), int(c.get("num_labels") or len(c.get("id2label") or (0, 1)))
@@ -223,6 +234,7 @@ def _llama4(c: Config) -> Inventory:
 
 
 _MAKERS: dict[str, Callable[[Config], Inventory]] = {
+    COUNTED: _counted,
     "llama4": _llama4,
     "bert": _bert,
     "roberta": _bert,

@@ -23,15 +23,22 @@ from launcher.plan.profile import Peak, StepProfile, bound_step, profile_evaluat
 from launcher.plan.shape import ModelShape
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
 from launcher.plan.timeline import Event, Story, tell_step
+from launcher.plan.trainable import as_trained
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
 from launcher.units import DTYPE_BYTES, GIB, MIB, format_bytes
 
 
 class Tracer(Protocol):
-    """Gives the profile of a workload by running its model on the meta device, or None where that cannot be."""
+    """Runs a model on the meta device."""
 
-    def __call__(self, work: Workload, *, keep_gradients: bool) -> StepProfile | None: ...
+    def profile(self, work: Workload, *, keep_gradients: bool) -> StepProfile | str:
+        """The profile of a micro-step, or why there is none."""
+        ...
+
+    def count(self, shape: ModelShape) -> ModelShape:
+        """The shape of a model of an unknown architecture, with every parameter it has; the same shape where it cannot be built."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +93,7 @@ def count_trainable(recipe: Recipe, shape: ModelShape) -> int:
 
 def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan) -> Workload:
     """What one rank computes in a micro-step."""
-    flat = layout.packs_flat
+    flat, shape = layout.packs_flat, as_trained(shape)
     return Workload(
         shape=shape,
         method=method_facts(recipe),
@@ -135,7 +142,7 @@ def predict_memory(
     """What the run needs, phase by phase. `deepspeed` is its configuration; `budget` is the device's memory unless told.
 
     With `replay` the allocator is simulated and every layer computed; without, its slack is a share and a deep model's layers are
-    extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step of a model that has no closed form.
+    extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step, where there is one.
     `work` is what a rank computes, where it is not what this launcher's loop would.
     """
     overheads = overheads or choose_overheads(cluster.device_name)
@@ -145,20 +152,10 @@ def predict_memory(
         counts, sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
         micro_steps=batch.gradient_accumulation_steps,
     )  # fmt: skip
-    notes: list[str] = []
-    profile, acting = None, work
-    if not has_closed_form(shape):
-        profile = tracer(work, keep_gradients=sharding.stage < 2) if tracer is not None else None
-        if profile is None:
-            notes.append(
-                f"activations: counted as those of a Llama of the same sizes, because a {shape.model_type} has no exact arithmetic here"
-            )
-            acting = replace(work, shape=as_llama(shape))
-        else:
-            notes.append(f"activations: traced on the meta device, because a {shape.model_type} has no exact arithmetic here")
+    profile, acting, notes = _choose_profile(work, sharding.stage < 2, tracer)
     parts = Parts(work, acting, sharding, counts, states, batch.gradient_accumulation_steps)
-    known, traced = profile is not None or not notes, profile
-    profile = traced or profile_step(
+    known = profile is not None or acting is work
+    profile = profile or profile_step(
         acting, keep_gradients=parts.keeps, gradients_exist=parts.keeps and batch.gradient_accumulation_steps > 1, exact=replay
     )
     phases = _make_phases(parts, profile, known=known)
@@ -168,7 +165,7 @@ def predict_memory(
         else None
     )
     limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
-    slack = _make_slack(phases, story, expandable_segments, limit)
+    slack = _make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
     finished = tuple(
         Phase(name=name, components=_finish(components, slack[name], layout, overheads, sharding)) for name, components in phases.items()
     )
@@ -189,6 +186,23 @@ def predict_memory(
 def has_closed_form(shape: ModelShape) -> bool:
     """Whether the micro-step of this model is told exactly."""
     return shape.is_known and shape.model_type in CLOSED_FORMS
+
+
+def _choose_profile(work: Workload, keep_gradients: bool, tracer: Tracer | None) -> tuple[StepProfile | None, Workload, list[str]]:
+    """A trace where there is a tracer; otherwise the workload that the tape is asked for, a Llama's where the model's own is not known."""
+    known, kind = has_closed_form(work.shape), work.shape.config.get("model_type")
+    acting = work if known else replace(work, shape=as_llama(work.shape))
+    found = tracer.profile(work, keep_gradients=keep_gradients) if tracer is not None else ""
+    if isinstance(found, StepProfile):
+        why = "" if known else f", because {kind} has no exact arithmetic here"
+        dense = "; a quantised base is traced dense, and its products keep less" if work.method.bits != 16 else ""
+        return found, acting, [f"activations: traced on the meta device{why}{dense}"]
+    if known:
+        return None, work, []
+    reason = f" (not traced: {found})" if found else ""
+    return None, acting, [
+        f"activations: counted as those of a Llama of the same sizes, because {kind} has no exact arithmetic here{reason}"
+    ]  # fmt: skip
 
 
 def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan, *, deepspeed: Mapping[str, Any]) -> int:
@@ -318,8 +332,11 @@ def _loading(parts: Parts, gathered: Gathered) -> Held:
             part("adapters", work.width * counts.adapters), part("dequantisation workspace", turning, "source", 0.5)]  # fmt: skip
 
 
-def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, limit: int) -> dict[str, Component]:
-    """What the allocator reserves beyond what is allocated: replayed on a device of `limit` bytes, or a share where it is not."""
+def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, limit: int, *, alike: bool) -> dict[str, Component]:
+    """What the allocator reserves beyond what is allocated: replayed on a device of `limit` bytes, or a share where it is not.
+
+    `alike`: the story is of the very bytes that the phases hold; otherwise the share that is reserved beyond its own is taken.
+    """
     if story is None:
         return {
             name: part("allocator slack", int(0.06 * sum(c.bytes for c in parts)), "assumed", 1.0, "reserved")
@@ -337,7 +354,9 @@ def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, 
         told = story.phase_of(name)
         reserved = chosen[told][0] if told in chosen else reserved
         aside = beside[expandable] if name not in ("load", "engine start", "resume") else 0
-        size = max(0, reserved + aside - sum(c.bytes for c in parts))
+        held = sum(c.bytes for c in parts)
+        exact = alike or told not in chosen
+        size = max(0, reserved + aside - held) if exact else int(held * (reserved / max(1, chosen[told][1]) - 1))
         # How far apart the allocator's two modes are says how much this depends on the order of events.
         spread = max(0.02 * reserved, abs(native[told][0] - growing[told][0] + beside[0] - beside[1]) / 2 if told in native else 0)
         if within is not None:  # near the limit torch gives cached segments back: slack alone does not pass it by more

@@ -18,10 +18,11 @@ from launcher.plan.calibration import apply_calibration, find_calibration, find_
 from launcher.plan.deepspeed import choose_bucket, make_deepspeed_config
 from launcher.plan.layout import Layout, make_layout
 from launcher.plan.losses import changes_logits
-from launcher.plan.memory import Tracer, count_trainable, hold_at_least, predict_memory
+from launcher.plan.memory import Tracer, count_trainable, has_closed_form, hold_at_least, predict_memory
 from launcher.plan.shape import ModelShape, load_shape, read_text_part
 from launcher.plan.solve import Choice, Floor, Predict, apply_changes, choose, describe_choice, make_candidates
 from launcher.plan.source import locate_model
+from launcher.plan.trainable import list_oddities, settle_attention
 from launcher.recipe import Recipe
 
 SCHEMA_VERSION = 2
@@ -135,31 +136,35 @@ def checkpoints_url(recipe: Recipe, run_dir: str) -> str:
     return join_url(recipe.save.storage, Path(run_dir).name, "checkpoints")
 
 
-def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, tracer: Tracer | None = None) -> Plan:
+def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, tracer: Tracer | None = None, trace: bool = False) -> Plan:
     """Decide everything. Reads the model's configuration, nothing else. Raises RecipeError or ModelError.
 
-    `tracer` runs a model of an unknown architecture on the meta device (it takes torch, and seconds); without one its activations are guessed.
+    `tracer` runs a model that the plan has no arithmetic for on the meta device, and with `trace` any model (it takes torch, and
+    seconds); without one the activations of such a model are guessed.
     """
     shape = load_shape(locate_model(recipe.model.name_or_path, base_dir), recipe.model.revision)
+    if tracer is not None and not shape.is_known:
+        shape = tracer.count(shape)
     _check_length(recipe, shape)
     ranks = cluster.nodes * cluster.workers_per_node
     check_batch(global_batch_size=recipe.batch.global_batch_size, micro_batch_size=recipe.batch.micro_batch_size, ranks=ranks)
+    trainable = count_trainable(recipe, shape)
+    if trainable == 0 and (shape.is_known or shape.is_counted):
+        raise RecipeError(
+            [Fault("plan", "method", f"trains no parameter of this {shape.model_type}", "check target_modules, last_layers or patterns")]
+        )
     choice = make_choice(recipe, shape, cluster)
     recipe, batch, asked = choice.taken.recipe, choice.taken.batch, recipe
     layout, notes = make_layout(recipe, cluster)
     _check_loss(recipe, shape)
-    trainable = count_trainable(recipe, shape)
-    if trainable == 0 and shape.is_known:
-        raise RecipeError(
-            [Fault("plan", "method", f"trains no parameter of this {shape.model_type}", "check target_modules, last_layers or patterns")]
-        )
     if trainable == 0:
         notes.append(f"trained parameters: not counted here, because the launcher does not know how a {shape.model_type} names its layers")
     notes += describe_choice(asked, choice)
     if recipe.optim.name == "adafactor" and layout.zero_stage:
         notes.append("adafactor: ZeRO hands it flat partitions, so its second moment is not factored (4 bytes a parameter)")
     adapters = trainable if recipe.method.kind in ("lora", "qlora") else 0
-    traced = tracer if not shape.is_known else None
+    notes += list_oddities(shape, recipe, layout)
+    traced = tracer if trace or not has_closed_form(shape) else None
     memory = choice.taken.memory if traced is None else None
     return Plan(
         recipe=recipe,
@@ -179,7 +184,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, 
 
 def make_choice(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Choice:
     """What the plan takes where the recipe says auto, and what it looked at; one candidate where it says nothing so."""
-    device = find_rates(cluster)
+    recipe, device = settle_attention(recipe, shape, cluster), find_rates(cluster)
     candidates = make_candidates(recipe, shape, cluster, device, count_trainable(recipe, shape))
     if len(candidates) == 1:
         return Choice(taken=candidates[0], considered=(), total=1)
@@ -235,6 +240,6 @@ def _check_loss(recipe: Recipe, shape: ModelShape) -> None:
 
 
 def _check_length(recipe: Recipe, shape: ModelShape) -> None:
-    if recipe.data.seq_len > shape.max_positions:
+    if shape.model_type != "vit" and recipe.data.seq_len > shape.max_positions:  # one that reads no words has no positions for them
         raise RecipeError([Fault("plan", "data.seq_len", f"{recipe.data.seq_len} is longer than the model's {shape.max_positions} positions",
                                  f"use at most {shape.max_positions}")])  # fmt: skip

@@ -13,7 +13,7 @@ from typing import Any
 from launcher.errors import ModelError
 from launcher.plan.gguf import read_gguf_header
 from launcher.plan.inventory import HEAD_DIM, TIED_UNLESS_TOLD, Inventory, Weight
-from launcher.plan.inventory_others import GEMMA3_TEXT, is_known, make_inventory
+from launcher.plan.inventory_others import COUNTED, GEMMA3_TEXT, is_known, make_inventory
 from launcher.plan.known import find_known
 from launcher.plan.source import ModelSource
 
@@ -44,7 +44,7 @@ class ModelShape:
 
     @property
     def inventory(self) -> Inventory:
-        """Every parameter; of an unknown architecture those of a Llama of the same sizes, which `is_known` tells."""
+        """Every parameter; of an unknown architecture what was counted, or those of a Llama of the same sizes."""
         return _inventory_of(self)
 
     @property
@@ -52,7 +52,14 @@ class ModelShape:
         """Whether the launcher knows this architecture's parameters exactly."""
         return is_known(self.config)
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether a model of an unknown architecture was built once, and its parameters counted (launcher.train.trace)."""
+        return COUNTED in self.config
+
     def known_config(self) -> dict[str, Any]:
+        if self.is_counted:
+            return {"model_type": COUNTED, COUNTED: self.config[COUNTED]}
         if self.is_known:
             return self.config
         return {"model_type": "llama", "hidden_size": self.hidden_size, "intermediate_size": self.intermediate_size,
@@ -149,7 +156,7 @@ def is_trained(name: str, num_layers: int, last_layers: int, patterns: tuple[str
 def load_shape(source: ModelSource, revision: str | None) -> ModelShape:
     """The shape of a located model. A hub id is asked for its config.json only. Raises ModelError."""
     if source.kind == "gguf":
-        return _shape_of_gguf(Path(source.path))
+        return _checked(_shape_of_gguf(Path(source.path)), Path(source.path))
     if source.kind == "hub" and revision is None and (known := find_known(source.path)) is not None:
         shape = shape_of_config(known.config, Path(f"the shipped config.json of {known.name}"))
         return replace(shape, has_chat_template=known.has_chat_template)
@@ -212,13 +219,15 @@ def shape_of_config(whole: dict[str, Any], path: Path) -> ModelShape:
             raise ModelError(f"{path} has no {' or '.join(names)}", "the file is not the configuration of a language model")
         return otherwise
 
-    kind = str(config.get("model_type", "unknown"))
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{path} has no model_type", "the file is not the config.json of a transformers model, or of a very old one")
+    kind = str(config["model_type"])
     hidden, heads = need("hidden_size", "n_embd", "d_model"), need("num_attention_heads", "n_head", "num_heads", "decoder_attention_heads")
     width = config.get("head_dim") or config.get("d_kv") or HEAD_DIM.get(kind) or config.get("v_head_dim")
     if width is None and hidden % heads:
         raise ModelError(f"{path}: {heads} attention heads do not divide hidden_size {hidden}", "the file is damaged or not of this model")
     sees = kind in ("vit", "clip")
-    return ModelShape(
+    shape = ModelShape(
         model_type=kind,
         hidden_size=hidden,
         intermediate_size=need("intermediate_size", "n_inner", "ffn_dim", "d_ff", "decoder_ffn_dim", otherwise=4 * hidden),
@@ -235,6 +244,49 @@ def shape_of_config(whole: dict[str, Any], path: Path) -> ModelShape:
         has_chat_template=_has_chat_template(path.parent),
         config=kept,
     )
+    return _checked(shape, path)
+
+
+EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "llama4_text"})
+
+
+def _checked(shape: ModelShape, path: Path) -> ModelShape:
+    """The same shape. Raises ModelError where its numbers do not go together, or the parameters of its architecture do not follow from them."""
+    config = read_text_part(shape.config)
+    if shape.num_heads % shape.num_kv_heads:
+        raise ModelError(f"{path}: {shape.num_kv_heads} key-value heads do not divide {shape.num_heads} attention heads",
+                         "the file is damaged or not of this model")  # fmt: skip
+    listed = config.get("layer_types")
+    if isinstance(listed, list) and len(listed) < shape.num_layers:
+        raise ModelError(
+            f"{path}: layer_types lists {len(listed)} layers, and there are {shape.num_layers}", "the file is damaged or not of this model"
+        )
+    if not shape.is_known:
+        return shape
+    wanted: tuple[tuple[str, ...], ...] = (("n_routed_experts", "num_experts", "num_local_experts"), ("num_experts_per_tok",))
+    for names in wanted if shape.model_type in EXPERTS else ():
+        if not any(config.get(name) for name in names):
+            raise ModelError(
+                f"{path} has no {' or '.join(names)}, which a {shape.model_type} needs",
+                "take the config.json of the model's own repository",
+            )
+    try:
+        assert shape.num_params > 0
+    except KeyError as error:
+        raise ModelError(
+            f"{path} has no {error.args[0]}, which a {shape.model_type} needs", "take the config.json of the model's own repository"
+        ) from None
+    except TypeError as error:
+        absent = [
+            name
+            for name in ("intermediate_size", "moe_intermediate_size", "d_ff", "intermediate_size_mlp")
+            if name in config and not config[name]
+        ]
+        problem = f"has no {absent[0]}, which a {shape.model_type} needs" if absent else f"cannot be made sense of: {error}"
+        raise ModelError(f"{path} {problem}", "take the config.json of the model's own repository") from None
+    except (ValueError, IndexError, ZeroDivisionError) as error:
+        raise ModelError(f"{path}: the parameters of a {shape.model_type} do not follow from it ({error})", "the file is damaged") from None
+    return shape
 
 
 def keep_shape(config: dict[str, Any]) -> dict[str, Any]:
@@ -243,6 +295,8 @@ def keep_shape(config: dict[str, Any]) -> dict[str, Any]:
         k: v for k, v in config.items() if isinstance(v, int | float | str | None) or (isinstance(v, list) and len(v) <= 256)
     }
     kept |= {k: keep_shape(config[k]) for k in ("text_config", "vision_config") if isinstance(config.get(k), dict)}
+    if isinstance(config.get("quantization_config"), dict):
+        kept["quant_method"] = config["quantization_config"].get("quant_method")
     for rope in (config.get("rope_parameters"), config.get("rope_scaling")):
         if isinstance(rope, dict) and "partial_rotary_factor" in rope:
             kept["partial_rotary_factor"] = rope["partial_rotary_factor"]

@@ -2,7 +2,8 @@
 
 It needs no GPU and no weights, and is exact where a kernel's own memory is told here: attention, dropout and bitsandbytes'
 products are replaced by stand-ins that keep what the CUDA kernels keep. The plan's arithmetic (launcher/plan/tape.py) is
-held to it, byte for byte, by tests/test_referee.py; a model whose architecture the plan has no arithmetic for is traced.
+held to it, byte for byte, by tests/test_referee.py; a model whose architecture the plan has no arithmetic for is traced
+(launcher/train/profiling.py).
 """
 
 from __future__ import annotations
@@ -19,13 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from launcher.errors import ModelError
 from launcher.plan.allocator import round_up
-from launcher.plan.profile import StepProfile
-from launcher.plan.workload import Workload
-from launcher.train.encode import IGNORED
-from launcher.train.head import put_loss_into_head
-from launcher.train.loss import sum_kept_loss
 
 aten = torch.ops.aten
 Device = Literal["cpu", "cuda"]
@@ -207,76 +202,3 @@ def checkpoint_as_on(model: Any, device: Device) -> None:
 
 def _drop_gradient(parameter: torch.Tensor) -> None:
     parameter.grad = None
-
-
-DTYPES = {2: torch.bfloat16, 4: torch.float32}
-DEPTHS = (2, 3)
-"""A model's peaks are linear in its layers from the second on."""
-
-
-def profile_by_trace(work: Workload, *, keep_gradients: bool) -> StepProfile:
-    """The profile of a micro-step of a model whose architecture the plan has no arithmetic for: traced with two layers and with three.
-
-    A quantised base is traced dense: its products keep less, and its dequantised weights are not seen. Raises ModelError.
-    """
-    try:
-        few, more = (trace_layers(work, depth, keep_gradients=keep_gradients) for depth in DEPTHS)
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, NotImplementedError) as error:
-        kind, reason = work.shape.model_type, str(error).strip().splitlines()[:1]
-        raise ModelError(
-            f"a {kind} cannot be traced on the meta device: {''.join(reason)}", "its activations are guessed instead"
-        ) from error
-
-    def extend(phase: str) -> dict[str, int]:
-        return {"activations": few.peaks[phase] + (more.peaks[phase] - few.peaks[phase]) * (work.shape.num_layers - DEPTHS[0])}
-
-    return StepProfile(forward=extend("forward"), loss=extend("forward"), backward=extend("backward"), is_traced=True)
-
-
-def trace_layers(work: Workload, layers: int, *, keep_gradients: bool) -> Trace:
-    """A micro-step of the first `layers` layers of a workload's model, which AutoModelForCausalLM builds as a run does."""
-    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-    facts = {name: value for name, value in work.shape.config.items() if name not in ("model_type", "num_labels")}
-    config = CONFIG_MAPPING[work.shape.config["model_type"]](**facts)
-    config.num_hidden_layers = layers
-    if isinstance(facts.get("layer_types"), list):
-        config.layer_types = config.layer_types[:layers]
-    config._attn_implementation = "sdpa" if work.attention == "flash_attention_2" else work.attention
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    base = model.to(DTYPES[work.width]).train()
-    if work.loss == "chunked":
-        put_loss_into_head(base, work.loss)
-    trained = _lay_method(base, work)
-    if work.checkpointing != "off":
-        checkpoint_as_on(base, work.device)
-    names = ("input_ids", "labels", "position_ids")
-    batch = {name: torch.zeros(work.micro_batch_size, work.seq_len, dtype=torch.long, device="meta") for name in names}
-    columns = min(work.loss_columns, work.seq_len - 1)
-
-    def loss_of(model: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        targets_BS = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        return sum_kept_loss(model, batch, targets_BS, torch.zeros(columns, dtype=torch.long, device="meta"))
-
-    packed = work.packed and work.attention != "flash_attention_2"
-    return trace_step(trained, loss_of, batch, device=work.device, packed=packed, keep_gradients=keep_gradients)
-
-
-def _lay_method(model: Any, work: Workload) -> Any:
-    method = work.method
-    if method.trains == "some":
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(method.trains_base(name, model.config.num_hidden_layers))
-    if not method.r:
-        return model
-    from peft import LoraConfig, get_peft_model
-
-    targets = method.target_modules
-    lora = LoraConfig(task_type="CAUSAL_LM", r=method.r, lora_dropout=method.dropout, use_dora=method.dora,
-                      target_modules=targets if isinstance(targets, str) else list(targets))  # fmt: skip
-    with torch.device("meta"):
-        adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)
-    for parameter in adapted.parameters():
-        parameter.data = parameter.data.to(DTYPES[work.width])
-    return adapted.train()

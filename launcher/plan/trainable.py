@@ -1,0 +1,97 @@
+"""What the launcher can train of the models it can plan: causal language models, as AutoModelForCausalLM builds them (train/model.py)."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+
+from launcher.cluster import Cluster
+from launcher.errors import Fault, RecipeError
+from launcher.plan.classic import ENCODERS
+from launcher.plan.inventory_others import head_of
+from launcher.plan.layout import Layout
+from launcher.plan.shape import ModelShape
+from launcher.plan.step import BLIND_TO_PACKS
+from launcher.recipe import Recipe
+
+OTHERS = {"t5": "an encoder and a decoder", "whisper": "a model of speech", "vit": "a model of images", "clip": "a model of images and texts",
+          "qwen2_vl": "a model of images and texts", "qwen2_5_vl": "a model of images and texts",
+          "qwen2_vl_text": "a model of images and texts", "qwen2_5_vl_text": "a model of images and texts"}  # fmt: skip
+"""Model types that AutoModelForCausalLM of transformers 5.23 does not build, or builds only in part."""
+
+HEADS = {"bert": "BertLMHeadModel", "roberta": "RobertaForCausalLM"}
+
+
+def find_obstacle(shape: ModelShape, recipe: Recipe) -> str | None:
+    """Why a run would not start with this model, or None."""
+    kind = str(shape.config.get("model_type"))
+    if kind in OTHERS:
+        return f"a {kind} is {OTHERS[kind]}, and the launcher trains causal language models"
+    if kind in ENCODERS and not _has_language_head(shape):
+        named = (shape.config.get("architectures") or ["no architectures"])[0]
+        return f"this {kind} has no head for words (config.json says {named}), and the launcher trains causal language models"
+    method, quantised = recipe.method, shape.config.get("quant_method")
+    if method.kind == "qlora" and quantised not in (None, "bitsandbytes"):
+        return (
+            f"its files are quantised already ({quantised}), and transformers refuses to do it again with bitsandbytes; method lora works"
+        )
+    if kind.startswith("llama4") and method.kind in ("lora", "qlora") and method.target_modules == "all-linear":
+        return "method.target_modules: all-linear reaches Llama 4's router, which peft 0.21 cannot wrap; name the attention's layers"
+    return None
+
+
+def list_oddities(shape: ModelShape, recipe: Recipe, layout: Layout) -> Iterator[str]:
+    """What a run of this model does that its user may not expect, a note each."""
+    kind = shape.model_type
+    if kind in REFUSED:
+        yield f"attention: {layout.attn_implementation}, because transformers 5.23 refuses {' and '.join(sorted(REFUSED[kind]))} for a {kind}"
+    if (obstacle := find_obstacle(shape, recipe)) is not None:
+        yield f"a run would not start: {obstacle}"
+    elif kind in ENCODERS and not shape.config.get("is_decoder"):
+        yield (
+            f"this {kind} looks in both directions: as a causal language model it sees the words it is to predict;"
+            " is_decoder in config.json makes it look back only"
+        )
+    if (quantised := shape.config.get("quant_method")) and recipe.method.kind != "qlora":
+        yield f"weights: the files are {quantised}; counted in {layout.dtype}, which transformers turns them to where it lacks the kernels to keep them"
+    if recipe.data.packing and kind in BLIND_TO_PACKS and layout.attn_implementation != "flash_attention_2":
+        yield (
+            f"packing: transformers 5.23 gives a {kind} no positions for its mask, so that examples in one row see each other"
+            " but under flash_attention_2; data.packing=false keeps them apart"
+        )
+
+
+REFUSED = {
+    "gemma2": frozenset({"sdpa"}),
+    "gpt_oss": frozenset({"sdpa", "flash_attention_2"}),
+    "llama4_text": frozenset({"flash_attention_2"}),
+}
+"""Attention that transformers 5.23 will not load a model type with (_supports_sdpa, _supports_flash_attn; GPT-OSS' sinks need a kernel of
+flash attention 3 from the hub). tests/test_trainable.py compares."""
+
+
+def settle_attention(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Recipe:
+    """The recipe with a kernel that transformers has for the model, where it leaves the choice and the usual one is refused. Raises RecipeError."""
+    refused, wanted = REFUSED.get(shape.model_type, frozenset()), recipe.model.attn_implementation
+    if wanted != "auto" and wanted not in refused:
+        return recipe
+    flash = cluster.accelerator == "cuda" and recipe.model.dtype != "fp32" and importlib.util.find_spec("flash_attn") is not None
+    chosen = next(name for name in ("flash_attention_2", "sdpa", "eager") if name not in refused and (flash or name != "flash_attention_2"))
+    if wanted != "auto":
+        why = f"transformers 5.23 refuses {wanted} for a {shape.model_type}"
+        raise RecipeError([Fault("plan", "model.attn_implementation", why, f"use auto, which takes {chosen} here")])
+    if not refused:
+        return recipe
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"attn_implementation": chosen})})
+
+
+def as_trained(shape: ModelShape) -> ModelShape:
+    """The model that AutoModelForCausalLM makes of an encoder: with a head for words, whatever its files hold."""
+    if shape.model_type not in ENCODERS or _has_language_head(shape):
+        return shape
+    return replace(shape, config=shape.config | {"architectures": [HEADS[shape.model_type]]})
+
+
+def _has_language_head(shape: ModelShape) -> bool:
+    return head_of(shape.config) in ("MaskedLM", "LMHead", "PreTraining", "CausalLM")
