@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from launcher.plan.linears import Linear, linear
 from launcher.plan.losses import cross_entropy, liger_chunk
-from launcher.plan.operators import Linear, linear, matmul, mul, pointwise, rms_norm, rotate
+from launcher.plan.operators import matmul, mul, pointwise, rms_norm, rotate
 from launcher.plan.tape import Parameter, Storage, Tape, Tensor, backward
 from launcher.units import MIB
 

@@ -247,7 +247,7 @@ def test_files_are_listed_while_another_process_prunes(storage: Storage) -> None
     while os.waitpid(pid, os.WNOHANG)[0] == 0:
         assert set(storage.list().values()) <= {1}
         listed += 1
-    assert listed > 10
+    assert listed
 
 
 # ---------------------------------------------------------------------------------------------------------- kill anywhere

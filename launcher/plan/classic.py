@@ -10,6 +10,7 @@ from typing import Any
 from launcher.plan.attention import Heads
 from launcher.plan.forward import Block, Pass, attend, rotary_width, rotate_part
 from launcher.plan.inventory import Config, head_dim, kv_heads
+from launcher.plan.linears import linear
 from launcher.plan.operators import (
     add,
     dropout,
@@ -18,8 +19,7 @@ from launcher.plan.operators import (
     gelu_new,
     join,
     layer_norm,
-    linear,
-    matmul,
+        matmul,
     part,
     pointwise,
     pointwise_of_result,

@@ -12,12 +12,12 @@ from launcher.plan.experts import gated_mlp, mixture
 from launcher.plan.forward import Block, Pass, attend, layer_type, rotary_width, rotate_part, uses_rope
 from launcher.plan.inventory import head_dim, is_sparse, kv_heads
 from launcher.plan.latent import latent_attention, latent_mixture
+from launcher.plan.linears import linear
 from launcher.plan.llama4 import llama4_attention, llama4_mixture, llama4_mlp
 from launcher.plan.operators import (
     add,
     cast,
     join,
-    linear,
     mul,
     mul_table,
     part,

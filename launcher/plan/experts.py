@@ -7,14 +7,14 @@ from typing import Any
 
 from launcher.plan.fused import fused_gate
 from launcher.plan.inventory import Config, num_experts
+from launcher.plan.linears import linear
 from launcher.plan.operators import (
     FP32,
     add,
     cast,
     clamp,
     gather_rows,
-    linear,
-    matmul,
+        matmul,
     mul,
     part,
     pointwise,

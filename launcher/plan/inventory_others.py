@@ -44,7 +44,7 @@ def _bert(c: Config) -> Inventory:
     head, labels = head_of(c), int(c.get("num_labels") or len(c.get("id2label") or (0, 1)))
     root = f"{kind}." if head else ""
     embeddings = (*table("word_embeddings", vocab, hidden), *table("position_embeddings", c["max_position_embeddings"], hidden),
-                  *table("token_type_embeddings", c["type_vocab_size"], hidden), *vector("LayerNorm", hidden, True))  # fmt: skip
+                  *table("token_type_embeddings", c.get("type_vocab_size", 2), hidden), *vector("LayerNorm", hidden, True))  # fmt: skip
     layer = (*(w for n in ("query", "key", "value") for w in linear(f"attention.self.{n}", hidden, hidden, True)),
              *linear("attention.output.dense", hidden, hidden, True), *vector("attention.output.LayerNorm", hidden, True),
              *linear("intermediate.dense", hidden, inner, True), *linear("output.dense", inner, hidden, True),

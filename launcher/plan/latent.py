@@ -8,6 +8,7 @@ from launcher.plan.attention import Heads
 from launcher.plan.experts import divide_by_sum, gated_mlp, run_experts, take_top
 from launcher.plan.forward import Block, Pass, attend
 from launcher.plan.inventory import Config, num_experts
+from launcher.plan.linears import linear
 from launcher.plan.operators import (
     FP32,
     add,
@@ -16,8 +17,7 @@ from launcher.plan.operators import (
     copy_into_part,
     gather_columns,
     join,
-    linear,
-    matmul,
+        matmul,
     mul_table,
     part,
     pointwise_of_result,
@@ -126,7 +126,7 @@ def latent_mixture(tape: Tape, config: Config, block: dict[str, Any], hidden: Te
 
 
 def _wide_logits(tape: Tape, hidden: Tensor, block: dict[str, Any], width: int) -> Tensor:
-    return matmul(tape, cast(tape, hidden, FP32), cast(tape, block["mlp.gate"], FP32), width)  # type: ignore[arg-type]
+    return matmul(tape, cast(tape, hidden, FP32), cast(tape, block["mlp.gate"], FP32), width)
 
 
 def _route_sigmoid(

@@ -9,7 +9,8 @@ from launcher.plan.experts import take_top
 from launcher.plan.forward import Block, Pass, attend, layer_type, uses_rope
 from launcher.plan.inventory import head_dim, kv_heads, num_experts
 from launcher.plan.latent import turn_complex
-from launcher.plan.operators import FP32, cast, copy, linear, mul, mul_table, pointwise, pointwise_of_result, rms_norm, split
+from launcher.plan.linears import linear
+from launcher.plan.operators import FP32, cast, copy, mul, mul_table, pointwise, pointwise_of_result, rms_norm, split
 from launcher.plan.tape import Storage, Tape, Tensor
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.plan.operators import FP32, Linear, add, cast, linear, matmul, pointwise_of_result, split, view
+from launcher.plan.linears import Linear, linear
+from launcher.plan.operators import FP32, add, cast, matmul, pointwise_of_result, split, view
 from launcher.plan.tape import LOGITS, Parameter, Storage, Tape, Tensor, checkpoint, counting_as
 
 LOSS_CHUNK = 256

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from launcher.plan.fused import fused_rms_norm, fused_rotate
-from launcher.plan.tape import DEQUANTISED, Parameter, Storage, Tape, Tensor, counting_as
+from launcher.plan.tape import Parameter, Storage, Tape, Tensor
 
 FP32 = 4
 
@@ -218,7 +218,7 @@ def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
     if p == 0.0 or not tape.training:
         return x
     count, width = x.count, x.width
-    if tape.fuses_dropout:
+    if tape.on_cuda:
         out = tape.new(count, width)
         mask = tape.new(count, 1)
     else:
@@ -273,48 +273,7 @@ def embed(tape: Tape, weight: Parameter, tokens: int, hidden: int, indices: Tens
     return tape.record(tokens * hidden, weight.width, run, weight)
 
 
-class Linear:
-    """A linear layer: dense, or quantised by bitsandbytes (bits 4 or 8), with an adapter of rank `r` or none."""
-
-    __slots__ = ("bias", "bits", "down", "dropout", "n_in", "n_out", "up", "weight", "width")
-
-    def __init__(self, n_in: int, n_out: int, width: int, *, trained: bool, bias: bool = False, bias_trained: bool = False, bits: int = 16,
-                 r: int = 0, dropout: float = 0.0) -> None:  # fmt: skip
-        self.n_in, self.n_out, self.width, self.bits, self.dropout = n_in, n_out, width, bits, dropout
-        self.weight = Parameter(n_in * n_out, width, trained and bits == 16)
-        self.bias = Parameter(n_out, width, bias_trained) if bias else None
-        self.down = Parameter(n_in * r, width, trained=True) if r else None
-        self.up = Parameter(r * n_out, width, trained=True) if r else None
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        return [p for p in (self.weight, self.bias, self.down, self.up) if p is not None]
-
-
-def linear(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
-    """peft's Linear.forward and Linear4bit.forward, around torch's or bitsandbytes' product."""
-    if layer.down is None or layer.up is None:
-        return _product(tape, x, layer)
-    result = _product(tape, x, layer)
-    if layer.bits != 16:
-        result = copy(tape, result)
-        output = scale(
-            tape,
-            matmul(tape, matmul(tape, dropout(tape, x, layer.dropout), layer.down, layer.n_in), layer.up, layer.down.count // layer.n_in),
-        )
-        result = add(tape, result, output)
-        return result
-    return add(
-        tape,
-        result,
-        scale(
-            tape,
-            matmul(tape, matmul(tape, dropout(tape, x, layer.dropout), layer.down, layer.n_in), layer.up, layer.down.count // layer.n_in),
-        ),
-    )
-
-
-def matmul(tape: Tape, x: Tensor, weight: Parameter, n_in: int, bias: Parameter | None = None) -> Tensor:
+def matmul(tape: Tape, x: Tensor, weight: Tensor, n_in: int, bias: Parameter | None = None) -> Tensor:
     """x · weightᵀ (+ bias): mm or addmm over the flattened rows."""
     kept_x = tape.save(x) if weight.node is not None else None
     kept_weight = tape.save(weight) if x.node is not None else None
@@ -337,61 +296,6 @@ def matmul(tape: Tape, x: Tensor, weight: Parameter, n_in: int, bias: Parameter 
 
     inputs = (x, weight) if bias is None else (x, weight, bias)
     return tape.record(count, x.width, run, *inputs)
-
-
-def _product(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
-    if layer.bits == 16:
-        return matmul(tape, x, layer.weight, layer.n_in, layer.bias)
-    return _product_4bit(tape, x, layer) if layer.bits == 4 else _product_8bit(tape, x, layer)
-
-
-DEQUANTISING_ROWS = 1536
-"""About from so many rows on, bitsandbytes multiplies with the dequantised weight rather than its own kernel (0.50.2, by shape)."""
-
-
-def _product_4bit(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
-    """MatMul4Bit: keeps no activation; forward (for many rows) and backward dequantise the whole weight."""
-    size, dense = x.count * x.width, layer.n_in * layer.n_out * layer.width
-    rows = x.count // layer.n_in
-    scales = layer.n_in * layer.n_out // 64 * 4
-
-    def dequantise() -> tuple[Storage, Storage]:
-        with counting_as(tape, DEQUANTISED):
-            return tape.make(scales), tape.make(dense)
-
-    if rows > DEQUANTISING_ROWS:
-        out = tape.new(rows * layer.n_out, x.width)
-        dequantise()
-    else:
-        out = tape.new(rows * layer.n_out, x.width)
-
-    def run(grad: Storage) -> tuple[Storage]:
-        weight = dequantise()
-        made = tape.make(size)
-        del weight
-        return (made,)
-
-    return tape.attach(out, run, x)
-
-
-def _product_8bit(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
-    """MatMul8bitLt: x in int8 and its scales; what backward needs hangs on the context, where checkpointing does not see it."""
-    rows, size = x.count // layer.n_in, x.count * x.width
-    quantised = tape.new(x.count, 1)
-    row_scales = tape.new(rows, FP32)
-    product = tape.new(rows * layer.n_out, FP32)  # int32
-    out = tape.new(rows * layer.n_out, x.width)
-    del quantised, row_scales, product
-    dense = layer.n_in * layer.n_out * layer.width
-
-    def run(grad: Storage) -> tuple[Storage]:
-        with counting_as(tape, DEQUANTISED):
-            weight = tape.make(dense)
-        made = tape.make(size)
-        del weight
-        return (made,)
-
-    return tape.attach(out, run, x)
 
 
 def rms_norm(tape: Tape, x: Tensor, weight: Parameter | None, *, style: str = "llama", width: int = 0) -> Tensor:

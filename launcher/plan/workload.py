@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launcher.plan.inventory import Block, Weight
-from launcher.plan.operators import DEQUANTISING_ROWS, Linear
+from launcher.plan.linears import DEQUANTISING_ROWS, Linear
 from launcher.plan.shape import ModelShape, adapter_rank, is_head, is_trained
 from launcher.plan.tape import Parameter
 
@@ -89,7 +89,8 @@ def build_block(work: Workload, block: Block, layer: int) -> dict[str, Any]:
             built[name] = Linear(
                 n_in, n_out, work.width, trained=trained, bias=bias is not None,
                 bias_trained=bias is not None and method.trains_base(block.prefix.format(layer) + bias.name, shape.num_layers),
-                bits=method.bits if is_quantised(block.prefix, weight) else 16, r=rank, dropout=method.dropout,
+                bits=method.bits if is_quantised(block.prefix, weight) else 16, double_quant=method.double_quant, r=rank, dropout=method.dropout,
+                dora=method.dora,
             )  # fmt: skip
         elif weight.name.endswith(".bias") and weight.name.removesuffix(".bias") in matrices:
             continue
