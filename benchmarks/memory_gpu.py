@@ -77,8 +77,8 @@ def run_cases(cases: list[Case], folder: Path, out: Path, accelerator: str = "cu
             rows.append(measure_run(case, folder, accelerator)[1])
             print(describe(rows[-1]), flush=True)
         except (RuntimeError, subprocess.TimeoutExpired) as error:
-            rows.append({**case_facts(case), "failed": str(error)[-1500:]})
-            print(f"{case.name}: failed: {str(error)[-300:]}", flush=True)
+            rows.append({**case_facts(case), "failed": str(error)[:1500]})
+            print(f"{case.name}: failed: {str(error)[:300]}", flush=True)
         save_results(out, rows, benchmark=f"memory on {accelerator}", **facts)
     return rows
 

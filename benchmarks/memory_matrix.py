@@ -156,7 +156,9 @@ def run(plan: Any, module: Iterable[str], *, timeout: float = 1800) -> None:
     }
     done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, env=env)
     if done.returncode:
-        raise RuntimeError(done.stderr[-4000:])
+        # torchrun's own summary comes last and says nothing of what went wrong
+        said = [line for line in done.stderr.splitlines() if "Error" in line or "→" in line]
+        raise RuntimeError("\n".join(said[:10]) or done.stderr[-1500:])
 
 
 def read_events(run_dir: str) -> list[dict[str, Any]]:

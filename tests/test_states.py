@@ -13,11 +13,9 @@ from tiny import plan_tiny
 from launcher.plan import Plan
 from launcher.plan.budget import Phase
 
-OUTSIDE = {"libraries", "allocator slack"}
-
 
 def tensors(phase: Phase, *but: str) -> int:
-    return sum(part.bytes for part in phase.components if part.name not in OUTSIDE | set(but))
+    return sum(part.bytes for part in phase.components if part.counts_in == "allocated" and part.name not in but)
 
 
 def phases_of(plan: Plan) -> dict[str, Phase]:
