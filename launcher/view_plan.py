@@ -304,7 +304,7 @@ def _print_choice(console: Console, choice: Choice) -> None:
         micro = f"{candidate.batch.micro_batch_size} × {candidate.batch.gradient_accumulation_steps}"
         cells = [describe_setting(key, candidate) for _, key in shown]
         memory = candidate.memory
-        need = format_bytes(memory.device("total").p95) if memory else f"over {format_bytes(candidate.floor)}"
+        need = format_bytes(memory.device("total").p95) if memory else f"> {format_bytes(candidate.floor)}"
         mark = " ← taken" if candidate is choice.taken else ""
         table.add_row(*cells, micro, format_seconds(candidate.step_s), need, f"{candidate.verdict}{mark}",
                       style=VERDICT_STYLE[candidate.verdict].removeprefix("bold "))  # fmt: skip

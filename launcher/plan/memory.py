@@ -46,7 +46,7 @@ class Overheads:
     """What does not follow from the model: constants of a machine, each with its relative error. `lepton-launch calibrate` measures them."""
 
     library_workspace: int = 2 * 8 * MIB + MIB // 4
-    """cuBLAS keeps 8.125 MiB a handle and stream; two of them are what 8 readings on an A100 lack (MEMORY.md, 2.)."""
+    """cuBLAS keeps 8.125 MiB a handle, 32 MiB from Hopper on (at::cuda::getChosenWorkspaceSize); forward's and autograd's thread have one each."""
     library_error: float = 1.0
     context: int = 500 * MIB
     """The driver's part of a device: CUDA context and loaded kernels."""
@@ -60,6 +60,14 @@ class Overheads:
 
 
 DEFAULT_OVERHEADS = Overheads()
+FROM_HOPPER_ON = ("H100", "H200", "H800", "B100", "B200", "B300")
+"""In a device's name."""
+
+
+def choose_overheads(device_name: str | None) -> Overheads:
+    """The constants of a device that was not measured."""
+    recent = any(name in (device_name or "") for name in FROM_HOPPER_ON)
+    return replace(DEFAULT_OVERHEADS, library_workspace=2 * 32 * MIB) if recent else DEFAULT_OVERHEADS
 
 
 def method_facts(recipe: Recipe) -> MethodFacts:
@@ -126,7 +134,7 @@ def predict_memory(
     deepspeed: Mapping[str, Any],
     budget: int | None = None,
     replay: bool = True,
-    overheads: Overheads = DEFAULT_OVERHEADS,
+    overheads: Overheads | None = None,
     expandable_segments: bool = False,
     tracer: Tracer | None = None,
     work: Workload | None = None,
@@ -137,6 +145,7 @@ def predict_memory(
     extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step, where there is one.
     `work` is what a rank computes, where it is not what this launcher's loop would.
     """
+    overheads = overheads or choose_overheads(cluster.device_name)
     work, sharding = work or make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     counts = count_states(work)
     states = make_states(
@@ -145,20 +154,24 @@ def predict_memory(
     )  # fmt: skip
     profile, acting, notes = _choose_profile(work, sharding.stage < 2, tracer)
     parts = Parts(work, acting, sharding, counts, states, batch.gradient_accumulation_steps)
-    phases = _make_phases(parts, profile, exact=replay, known=profile is not None or acting is work)
+    known = profile is not None or acting is work
+    profile = profile or profile_step(
+        acting, keep_gradients=parts.keeps, gradients_exist=parts.keeps and batch.gradient_accumulation_steps > 1, exact=replay
+    )
+    phases = _make_phases(parts, profile, known=known)
     story = (
         tell_step(parts.acting, states, sharding, parts.keeps, batch.gradient_accumulation_steps)
         if replay and layout.accelerator == "cuda"
         else None
     )
     limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
-    slack = _make_slack(phases, story, expandable_segments, limit, alike=profile is None)
+    slack = _make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
     finished = tuple(
         Phase(name=name, components=_finish(components, slack[name], layout, overheads, sharding)) for name, components in phases.items()
     )
-    held = profile.host_checkpoints if profile is not None else 0
     notes += _find_notes(parts)
-    host = make_host_phases(recipe, shape, layout, states, counts, finished, overheads.libraries, overheads.libraries_error, held)
+    host = make_host_phases(recipe, shape, layout, states, counts, finished, overheads.libraries, overheads.libraries_error,
+                             profile.host_checkpoints)  # fmt: skip
     return MemoryPlan(
         phases=finished,
         host_phases=host,
@@ -245,10 +258,9 @@ def part(name: str, size: int, provenance: Provenance = "exact", error: float = 
     return Component(name=name, bytes=size, provenance=provenance, error=error, counts_in=counts_in)
 
 
-def _make_phases(parts: Parts, traced: StepProfile | None, *, exact: bool, known: bool) -> dict[str, Held]:
+def _make_phases(parts: Parts, profile: StepProfile, *, known: bool) -> dict[str, Held]:
     work, states, sharding, counts = parts.work, parts.states, parts.sharding, parts.counts
     several = parts.micro_steps > 1
-    profile = traced or profile_step(parts.acting, keep_gradients=parts.keeps, gradients_exist=parts.keeps and several, exact=exact)
     gathered = gather(work, sharding)
     weights = [
         part("weights", states.weights + states.persistent),
@@ -286,7 +298,7 @@ def _make_phases(parts: Parts, traced: StepProfile | None, *, exact: bool, known
         "reduce": [*held, *gradients, *bucket, part("gradients", left, "source"), part("step workspace", states.reduce_copy, "source", 0.05)],
         "optimizer step": [*held, *step_gradients, *always, part("step workspace", states.step_peak, "source", 0.05)],
         "evaluation": [*held, *always, *(gradients if sharding.stage == 3 else []),
-                       *computing(profile.forward if traced else profile_evaluation(parts.acting), max(gathered.forward, gathered.loss))],
+                       *computing(profile.forward if profile.is_traced else profile_evaluation(parts.acting), max(gathered.forward, gathered.loss))],
         "save": [*held, *always, *(gradients if sharding.stage == 3 else []),
                  part("gathered parameters", _exported_at_once(parts, gathered), "source", 0.1)],
         "resume": [*held, *always, *(gradients if sharding.stage == 3 else [])],
@@ -363,7 +375,7 @@ def _finish(components: Held, slack: Component, layout: Layout, overheads: Overh
     if layout.accelerator == "cpu":
         outside = [slack, part("libraries", overheads.libraries, "fitted", overheads.libraries_error, "total")]
     else:
-        outside = [part("library workspace", overheads.library_workspace, "fitted", overheads.library_error), slack,
+        outside = [part("library workspace", overheads.library_workspace, "source", overheads.library_error), slack,
                    part("CUDA context", overheads.context, "assumed", overheads.context_error, "total")]  # fmt: skip
         if sharding.ranks > 1:
             outside.append(part("NCCL", overheads.nccl, "assumed", overheads.nccl_error, "total"))
@@ -395,9 +407,9 @@ def _find_notes(parts: Parts) -> list[str]:
                 f"quantisation: bitsandbytes takes linear layers only, {packed / shape.num_params:.0%} of this model; its experts stay in 16 bits"
             )
     logits = 12 * work.loss_columns * shape.vocab_size * (1 if work.attention == "flash_attention_2" else work.micro_batch_size)
-    if logits > 4 * GIB:
-        notes.append(f"logits: up to {logits / GIB:.1f} GiB for the loss of {work.tokens} tokens over {shape.vocab_size} words; a smaller"
-                     " batch.micro_batch_size or data.seq_len takes less")  # fmt: skip
+    if logits > 4 * GIB and work.loss == "plain":
+        notes.append(f"logits: up to {logits / GIB:.1f} GiB for the loss of {work.tokens} tokens over {shape.vocab_size} words;"
+                     " model.loss: chunked makes a few rows of them at a time")  # fmt: skip
     if method.r:
         notes.append(f"merge: afterwards, by lepton-launch export --merge, which holds the whole model in host memory"
                      f" ({format_bytes(work.width * shape.num_params)}); no part of the run")  # fmt: skip

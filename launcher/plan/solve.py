@@ -245,7 +245,7 @@ _WHY: dict[Verdict | None, str] = {
 
 def _fate(candidate: Candidate) -> str:
     if candidate.memory is None:
-        return f"would need {format_bytes(candidate.floor)} before any activation"
+        return f"would need more than {format_bytes(candidate.floor)}"
     need, budget = candidate.memory.device("total").p95, candidate.memory.budget
     if need > budget or not candidate.memory.host_budget:
         return f"would need {format_bytes(need)} of {format_bytes(budget)}"

@@ -21,6 +21,7 @@ SHORT = {
     "r": "method.r",
     "bits": "method.bits",
     "optim": "optim.name",
+    "loss": "model.loss",
 }
 """Axes that may be written without their section."""
 MACHINES = ("nodes", "gpus_per_node", "gpu")

@@ -5,6 +5,7 @@ Shapes: R rows (kept positions of all samples), H hidden, V vocabulary.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ class LossHead(torch.nn.Linear):
 
 
 def put_loss_into_head(model: Any, kernel: str) -> None:
-    """Replace the model's output layer by one that can give the loss. Raises ModelError where it is no plain linear layer."""
+    """Replace the model's output layer by one that can give the loss. Raises ModelError where it is no plain linear layer, or Liger is missing."""
+    if kernel == "liger" and importlib.util.find_spec("liger_kernel") is None:
+        raise ModelError("model.loss liger: liger-kernel is not installed here", "pip install liger-kernel, or set model.loss to chunked")
     head = model.get_output_embeddings()
     if type(head) is not torch.nn.Linear:
         found = "no output layer" if head is None else f"a {type(head).__name__} as its output layer"
