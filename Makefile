@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q --constraint 
 S3_SERVER := moto boto3 botocore jmespath responses s3transfer xmltodict
 TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
-.PHONY: help install dev quickstart test test-long test-checkpoints gpu-check recipe-heads lint benchmarks clean
+.PHONY: help install dev quickstart test test-long test-checkpoints memory gpu-check recipe-heads lint benchmarks clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 16
@@ -42,7 +42,11 @@ test: dev  ## the tests
 test-long: dev  ## the matrices that are too long for each commit
 	$(BIN)/python -m pytest -m long --timeout=3600
 
-gpu-check:  ## the loop on a GPU, under torchrun: no Ray needed, nothing is installed (PYTHON=... of an environment with torch for CUDA)
+memory:  ## predicted against measured memory on this CPU, tiny to 1.1B parameters, and in a cgroup (root); hours on two cores
+	$(BIN)/python benchmarks/memory_cpu.py
+	$(BIN)/python benchmarks/memory_cgroup.py
+
+gpu-check:  ## the loop and the memory matrix on a GPU, under torchrun: no Ray needed, nothing is installed (PYTHON=... of an environment with torch for CUDA)
 	$(PYTHON) -m pytest -m gpu tests/gpu
 
 recipe-heads: dev  ## write anew what the heads of recipes/ say they need

@@ -256,7 +256,7 @@ def test_ranks_and_cores(model: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "sharded"),
     [({"kind": "full"}, True), ({"kind": "lora"}, True), ({"kind": "lora", "init": "pissa"}, False), ({"kind": "lora", "dora": True}, False),
-     ({"kind": "qlora"}, False)],
+     ({"kind": "qlora"}, True), ({"kind": "qlora", "bits": 8}, False)],
     ids=str,
 )  # fmt: skip
 def test_zero_3_starts_sharded_where_the_method_can(method: dict[str, Any], sharded: bool, model: Path) -> None:

@@ -12,12 +12,14 @@ from launcher.plan.workload import Workload, is_quantised
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gathered:
-    """Bytes held whole in each phase. `largest` is the largest single parameter, which loading and exporting gather."""
+    """Bytes held whole in each phase. `largest` is the largest single parameter, which loading and exporting gather; `largest_layer` is
+    what a 4-bit model's loading quantises at once."""
 
     forward: int
     loss: int
     backward: int
     largest: int
+    largest_layer: int
 
 
 @lru_cache(maxsize=512)
@@ -26,7 +28,7 @@ def gather(work: Workload, sharding: Sharding) -> Gathered:
     `max_reuse` elements after the last layer stays (the head always, the last layers of a small model)."""
     layers, head, embedding, largest = sizes_of(work, sharding)
     if sharding.stage != 3 or not layers:
-        return Gathered(forward=0, loss=0, backward=0, largest=0)
+        return Gathered(forward=0, loss=0, backward=0, largest=0, largest_layer=0)
     layer_bytes = max(size for size, _ in layers)
     ahead = min(work.width * sharding.prefetch, layer_bytes)
     kept, distance = 0, 2 * (head[1] or embedding[1])
@@ -37,7 +39,8 @@ def gather(work: Workload, sharding: Sharding) -> Gathered:
         distance += 2 * elements
     working = layer_bytes + ahead
     head_bytes = head[0] or embedding[0]
-    return Gathered(forward=max(working + kept, embedding[0]), loss=head_bytes + kept, backward=working + head_bytes, largest=largest)
+    return Gathered(forward=max(working + kept, embedding[0]), loss=head_bytes + kept, backward=working + head_bytes, largest=largest,
+                    largest_layer=layer_bytes)  # fmt: skip
 
 
 def sizes_of(work: Workload, sharding: Sharding) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[int, int], int]:

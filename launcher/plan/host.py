@@ -35,7 +35,8 @@ def make_host_phases(
     width = DTYPE_BYTES[layout.dtype]
     whole = shape.num_params * width
     # transformers 5: under zero.Init rank 0 reads the whole checkpoint; otherwise each rank maps the files and copies tensor by tensor.
-    loading = whole if layout.zero_init else 0
+    # A 4-bit model's weights stay in mapped files until each layer is quantised and sharded (train/shard.py).
+    loading = whole if layout.zero_init and not isinstance(recipe.method, QLora) else 0
     adapters = isinstance(recipe.method, Lora | QLora)
     exported = counts.trained * width if adapters else whole
     # train/saving.py copies masters and states to host memory before it writes them.

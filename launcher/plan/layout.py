@@ -74,12 +74,12 @@ def make_layout(recipe: Recipe, cluster: Cluster) -> tuple[Layout, list[str]]:
     loss = recipe.model.loss
     if stage == "auto" or checkpointing == "auto" or loss == "auto":
         raise ValueError("a layout is made of a recipe that leaves nothing to choose (launcher.plan.solve)")
-    quantised = isinstance(recipe.method, QLora)
+    in_8_bits = isinstance(recipe.method, QLora) and recipe.method.bits == 8
     pissa = isinstance(recipe.method, Lora) and recipe.method.init == "pissa"
     dora = isinstance(recipe.method, Lora) and recipe.method.dora
-    zero_init = stage == 3 and not (quantised or pissa or dora)
+    zero_init = stage == 3 and not (in_8_bits or pissa or dora)
     if stage == 3 and not zero_init:
-        why = "a quantised model" if quantised else "an adapter that starts from the weights"
+        why = "a model in 8 bits" if in_8_bits else "an adapter that starts from the weights"
         notes.append(f"load: every rank loads the whole model before ZeRO-3 shards it ({why} cannot start sharded)")
     leaf = stage == 3 and parallel.leaf_modules is not False
     if stage == 3 and parallel.leaf_modules == "auto":

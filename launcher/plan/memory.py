@@ -19,6 +19,7 @@ from launcher.plan.fused import FUSED
 from launcher.plan.gathering import Gathered, gather
 from launcher.plan.host import make_disk, make_host_phases, make_network
 from launcher.plan.layout import Layout
+from launcher.plan.products import predict_products
 from launcher.plan.profile import Peak, StepProfile, bound_step, profile_evaluation, profile_step
 from launcher.plan.shape import ModelShape
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
@@ -167,7 +168,8 @@ def predict_memory(
     limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
     slack = _make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
     finished = tuple(
-        Phase(name=name, components=_finish(components, slack[name], layout, overheads, sharding)) for name, components in phases.items()
+        Phase(name=name, components=_finish(components, slack[name], work, overheads, sharding, name))
+        for name, components in phases.items()
     )
     notes += _find_notes(parts)
     host = make_host_phases(recipe, shape, layout, states, counts, finished, overheads.libraries, overheads.libraries_error,
@@ -287,7 +289,7 @@ def _make_phases(parts: Parts, profile: StepProfile, *, known: bool) -> dict[str
     stays = not several and (sharding.stage == 0 or (sharding.stage == 1 and counts.trained > sharding.bucket))
     left = work.width * counts.trained if stays else 0
     step_gradients = gradients if sharding.stage == 3 or sharding.offload_optimizer else []
-    start = max(0, states.start_peak - states.master - states.optimizer)
+    start = max(0, states.start_peak - states.master)
     return {
         "load": _loading(parts, gathered),
         "engine start": [*weights, part("fp32 master", states.master), *always, *(gradients if sharding.stage == 3 else []),
@@ -316,15 +318,18 @@ def _exported_at_once(parts: Parts, gathered: Gathered) -> int:
     return 2 * max(gathered.largest, parts.work.width * min(EXPORT_ELEMENTS, wanted))
 
 
-NOTHING_GATHERED = Gathered(forward=0, loss=0, backward=0, largest=0)
+NOTHING_GATHERED = Gathered(forward=0, loss=0, backward=0, largest=0, largest_layer=0)
 
 
 def _loading(parts: Parts, gathered: Gathered) -> Held:
     """Weights as they come: whole on every rank, unless the model starts sharded."""
     work, counts, sharding, states = parts.work, parts.counts, parts.sharding, parts.states
     if sharding.stage == 3 and sharding.zero_init:
+        # A layer is quantised before it is sharded (train/shard.py), its largest weight beside it in the model's dtype.
+        layer = gathered.largest_layer + work.width * counts.largest_quantised if work.method.bits != 16 else 0
         return [part("weights", states.weights + states.persistent), part("adapters", states.adapters),
-                part("gathered parameters", 2 * gathered.largest, "source", 0.5)]  # fmt: skip
+                part("quantisation state", counts.quant_state_bytes),
+                part("gathered parameters", max(2 * gathered.largest, layer), "source", 0.5)]  # fmt: skip
     base = work.width * (sum(counts.frozen) + counts.trained - counts.adapters)
     # A quantised weight comes in the model's dtype and is turned one at a time.
     turning = 2 * work.width * counts.largest_quantised
@@ -370,10 +375,17 @@ def _reserve(events: list[Event], expandable: bool) -> int:
     return max((reserved for reserved, _ in replay_allocator(events, expandable=expandable).values()), default=0)
 
 
-def _finish(components: Held, slack: Component, layout: Layout, overheads: Overheads, sharding: Sharding) -> tuple[Component, ...]:
+def _finish(
+    components: Held, slack: Component, work: Workload, overheads: Overheads, sharding: Sharding, phase: str
+) -> tuple[Component, ...]:
     """Components of one name made one, in the order of tables, with what lies outside of tensors."""
-    if layout.accelerator == "cpu":
-        outside = [slack, part("libraries", overheads.libraries, "fitted", overheads.libraries_error, "total")]
+    if work.device == "cpu":
+        compiled = 0 if phase in ("load", "engine start") else predict_products(work)
+        outside = [
+            part("library workspace", compiled, "fitted", 0.5, "reserved"),
+            slack,
+            part("libraries", overheads.libraries, "fitted", overheads.libraries_error, "total"),
+        ]
     else:
         outside = [part("library workspace", overheads.library_workspace, "source", overheads.library_error), slack,
                    part("CUDA context", overheads.context, "assumed", overheads.context_error, "total")]  # fmt: skip

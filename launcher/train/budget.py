@@ -6,9 +6,11 @@ On a CPU nothing refuses: the resident memory is read after every step, and a ru
 
 from __future__ import annotations
 
+import importlib
 import os
 import resource
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,17 +21,23 @@ import torch.distributed as dist
 from launcher.errors import OutOfMemory
 from launcher.plan import Plan
 from launcher.plan.budget import FigureName, MemoryPlan
+from launcher.plan.memory import make_workload
+from launcher.plan.products import count_kept
 from launcher.recipe import Lora, QLora
 from launcher.run import Event
 from launcher.train.foreign import SMALLER
+from launcher.train.model import list_loaded_files
 from launcher.train.state import TrainState
 from launcher.units import format_bytes
 
 COMPARED_AFTER_STEPS = 3
 """The first step allocates the optimizer's states, and ZeRO-3 prefetches from the third on (deepspeed 0.19.8)."""
 WARN_BEYOND = 0.10
-CPU_NOISE = 256 << 20
-"""Bytes that a CPU worker grows by beside its tensors (modules imported late, oneDNN's scratch): no miss of the plan."""
+BESIDE = 32 << 20
+"""Bytes by which a CPU worker grows beside its model, however small that is (MKL's buffers, DeepSpeed's and Python's own objects): 17 MiB were
+measured in fp32 over a model of 7 MiB."""
+LATE_IMPORTS = ("functorch.compile", "torch._inductor.compile_fx", "deepspeed.module_inject.auto_ep_layer")
+"""What deepspeed 0.19.8 imports with the first engine: 60 MiB, networkx and sympy among them."""
 GROWTH = "resident growth"
 STEPPING = ("forward", "loss", "backward", "reduce", "optimizer step", "evaluation")
 """Phases that a run has been through by then, once it was built."""
@@ -61,6 +69,17 @@ def limit_memory(plan: Plan) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, max(0.0, (budget - outside_allocator(plan.memory)) / total)))
 
 
+def bound_compiled_products(plan: Plan) -> None:
+    """Let oneDNN keep the products of one micro-step and no more (launcher/plan/products.py). Call it before the first product.
+
+    A number that the user has set stays.
+    """
+    if plan.layout.accelerator == "cpu":
+        kept = str(count_kept(make_workload(plan.recipe, plan.shape, plan.layout, plan.batch)))
+        for variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+            os.environ.setdefault(variable, kept)
+
+
 def outside_allocator(memory: MemoryPlan) -> int:
     """Bytes of the largest planned phase that no allocator of torch sees: the context, NCCL."""
     return max(phase.figure("total").p50 - phase.figure("reserved").p50 for phase in memory.phases)
@@ -71,7 +90,7 @@ class Watch:
 
     def __init__(self, plan: Plan, rank: int, report: Callable[[Event], None]) -> None:
         self.plan, self.rank, self.report = plan, rank, report
-        self.base = 0
+        self.base = self.mapped = 0
         self.steps = 0
 
     def start(self) -> None:
@@ -82,10 +101,11 @@ class Watch:
             self.check("before the model was loaded")
             self.base = read_anonymous()
 
-    def built(self) -> None:
-        """The engine is there. On a CPU the peak begins anew: files that were mapped to load from are no part of a step's."""
+    def built(self, model: torch.nn.Module) -> None:
+        """The engine is there, around this model. On a CPU the peak begins anew: files that were mapped to load from are no part of a step's."""
         self.check("by the time the engine was built")
         if self.plan.layout.accelerator == "cpu":
+            self.mapped = count_mapped(model.parameters(), list_loaded_files(self.plan))
             forget_peak()
 
     def check(self, when: str) -> None:
@@ -111,19 +131,19 @@ class Watch:
         return state
 
     def _compare(self, step: int) -> None:
-        readings = _gather(read_figures(self.plan, self.base))
+        readings = _gather(read_figures(self.plan, self.base - self.mapped))
         figures = {reading.name: {"predicted": reading.predicted, "predicted_p95": reading.predicted_p95, "measured": reading.measured,
                                   "error": reading.error} for reading in readings}  # fmt: skip
-        self.report({"event": "memory", "step": step, "figures": figures})
+        self.report({"event": "memory", "step": step, "figures": figures, "mapped_bytes": self.mapped})
         for reading in readings:
             if is_miss(reading):
                 self.report({"event": "note", "text": describe_miss(reading)})
 
 
 def is_miss(reading: Reading) -> bool:
-    """Whether a prediction is off by more than a tenth, and on a CPU by more than what comes beside tensors."""
-    noise = CPU_NOISE if reading.name == GROWTH else 0
-    return abs(reading.error) > WARN_BEYOND and abs(reading.measured - reading.predicted) > noise
+    """Whether a prediction is off by more than a tenth; on a CPU by more than BESIDE too."""
+    least = BESIDE if reading.name == GROWTH else 0
+    return abs(reading.error) > WARN_BEYOND and abs(reading.measured - reading.predicted) > least
 
 
 def describe_miss(reading: Reading) -> str:
@@ -140,9 +160,8 @@ def read_figures(plan: Plan, base: int) -> list[Reading]:
     """What was predicted for the phases so far and what this rank has taken, like with like.
 
     On a GPU: torch's two counters, and what the driver counts as used on the device (other processes on it included).
-    On a CPU: the growth of the process' own resident memory (mapped files left out) from before the model was loaded to the
-    peak of the steps, beside what the plan has for these but the libraries. Modules imported on the way and scratch that
-    oneDNN keeps are in the measurement alone.
+    On a CPU: the growth of the process' own memory, and the weights that lie in mapped files (frozen ones are not copied), from before
+    the model was loaded to the peak of the steps, beside what the plan has for these but the libraries.
     """
     reached = STEPPING if plan.layout.accelerator == "cpu" else BUILDING + STEPPING
 
@@ -172,9 +191,15 @@ def _gather(readings: list[Reading]) -> list[Reading]:
 
 
 def _import_libraries(plan: Plan) -> None:
-    """Import what the method will need, so that it counts as libraries and not as the model's growth."""
-    import transformers  # noqa: F401
+    """Import what loading, DeepSpeed's engine and the method will, so that it counts as libraries and not as the model's growth."""
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+    for module in LATE_IMPORTS:
+        with suppress(ImportError):
+            importlib.import_module(module)
+    if plan.shape.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[plan.shape.model_type])
     if isinstance(plan.recipe.method, Lora | QLora):
         import peft  # noqa: F401
     if isinstance(plan.recipe.method, QLora) or "8bit" in plan.recipe.optim.name:
@@ -203,6 +228,19 @@ def read_anonymous() -> int:
 def read_peak_anonymous() -> int:
     """The most of these so far, if files that are mapped now were mapped at that time."""
     return read_peak_resident() - _mapped(_read_status())
+
+
+def count_mapped(tensors: Iterable[torch.Tensor], files: Iterable[Path]) -> int:
+    """Bytes of the tensors that lie in these files, mapped: weights that were never copied out of them."""
+    names = {str(file.resolve()) for file in files}
+    ranges = []
+    with suppress(OSError), open("/proc/self/maps", encoding="utf-8") as maps:
+        for line in maps:
+            words = line.split(maxsplit=5)  # addresses, permissions, offset, device, inode, path
+            if len(words) == 6 and words[5].rstrip() in names:
+                begin, end = words[0].split("-")
+                ranges.append((int(begin, 16), int(end, 16)))
+    return sum(t.nbytes for t in tensors if any(begin <= t.data_ptr() < end for begin, end in ranges))
 
 
 def _mapped(status: dict[str, int]) -> int:

@@ -12,6 +12,7 @@ from launcher.plan.shape import is_trained
 from launcher.recipe import Freeze, Lora, QLora
 from launcher.train.head import put_loss_into_head
 from launcher.train.model import TORCH_DTYPE
+from launcher.train.shard import find_decoder_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -73,14 +74,6 @@ def _add_adapters(model: PreTrainedModel, method: Lora | QLora) -> torch.nn.Modu
         raise ModelError(
             f"method.target_modules: {str(error).splitlines()[0]}", f"this model's linear layers: {', '.join(linear)}"
         ) from None
-
-
-def find_decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The list of transformer layers: the longest ModuleList."""
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    if not lists:
-        raise ModelError(f"{type(model).__name__} has no list of layers", "set parallel.leaf_modules to false")
-    return max(lists, key=len)
 
 
 def _gather_layers_whole(model: torch.nn.Module) -> None:

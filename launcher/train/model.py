@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from launcher.plan import Plan
 from launcher.plan.source import ModelSource, locate_model
 from launcher.recipe import QLora
 from launcher.run import cache_dir
+from launcher.train.shard import quantise_and_shard
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -111,6 +112,12 @@ def list_weight_files(plan: Plan) -> list[Path]:
     return [folder / "config.json", *sorted(folder.glob("*.safetensors"))]
 
 
+def list_loaded_files(plan: Plan) -> list[Path]:
+    """The safetensors files that the base model is loaded from."""
+    folder = Path(weights_path(plan))
+    return sorted(folder.glob("*.safetensors")) if folder.is_dir() else list_weight_files(plan)[1:]
+
+
 def weights_path(plan: Plan) -> str:
     """What from_pretrained is given: a folder or a hub id."""
     source = locate_model(plan.recipe.model.name_or_path, plan.base_dir)
@@ -133,12 +140,14 @@ def load_base(plan: Plan, device: str) -> PreTrainedModel:
         "revision": recipe.model.revision,
         "use_safetensors": True,
     }
-    if isinstance(recipe.method, QLora):
-        options["quantization_config"] = _quantization(recipe.method, dtype)
-    if not layout.zero_init:
-        options["device_map"] = {"": device}
+    quantization = _quantization(recipe.method, dtype) if isinstance(recipe.method, QLora) else None
+    sharded_later = quantization is not None and layout.zero_init
+    if quantization is not None and not sharded_later:
+        options["quantization_config"] = quantization
+    if sharded_later or not layout.zero_init:
+        options["device_map"] = {"": "cpu" if sharded_later else device}
     try:
-        with _zero_init(plan):
+        with nullcontext() if sharded_later else _zero_init(plan):
             model, loading = AutoModelForCausalLM.from_pretrained(weights_path(plan), output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -150,7 +159,9 @@ def load_base(plan: Plan, device: str) -> PreTrainedModel:
             f"{recipe.model.name_or_path} lacks {len(missing)} weights of its architecture, {missing[0]} among them",
             "the download is incomplete, or it is not a language model",
         )
-    if isinstance(recipe.method, QLora):
+    if sharded_later:
+        model = quantise_and_shard(model, plan, quantization, device)
+    if quantization is not None:
         _keep_packing(model)
     return model
 

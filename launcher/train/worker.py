@@ -29,7 +29,7 @@ from launcher.plan import Plan, load_plan
 from launcher.recipe import Lora
 from launcher.run import Event, RunFolder, cache_dir
 from launcher.train import best
-from launcher.train.budget import Watch
+from launcher.train.budget import Watch, bound_compiled_products
 from launcher.train.data import Samples, check_packing, load_samples, open_eval_batches, open_steps
 from launcher.train.evaluate import answer_prompts, measure_loss
 from launcher.train.export import export_model
@@ -112,7 +112,7 @@ def fine_tune(
     engine = build_engine(plan, model, me)
     if recipe.data.packing:
         check_packing(engine.module)
-    watch.built()
+    watch.built(engine.module)
     held = _Held(plan, engine, tokenizer, eval_set, report)
     identity = make_run_identity(plan, [samples.content_hash for samples in (train_set, eval_set) if samples is not None])
     resumed = resume(plan, engine, storage, identity, report)
@@ -296,6 +296,7 @@ def _process_group(plan: Plan, me: Rank) -> Iterator[None]:
         torch.cuda.set_device(me.local_rank % torch.cuda.device_count())
     else:
         torch.set_num_threads(plan.layout.threads_per_worker)
+        bound_compiled_products(plan)
     if me.store is None:
         dist.init_process_group(plan.layout.backend, timeout=GROUP_TIMEOUT)
     else:

@@ -1,0 +1,140 @@
+"""Predicted against measured memory of real training on this machine's CPU: bytes of live tensors, and resident memory.
+
+    python benchmarks/memory_cpu.py [--only NAME ...] [--out FILE]
+
+Each case runs twice under torchrun: as it is, where the run's own comparison gives the growth of its resident memory, and under torch's
+profiler, which sees every tensor that is made and freed (and takes memory itself). benchmarks/results/memory-cpu.json has the last run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.memory_matrix import RESULTS, Case, describe, measure_run, run, save_results
+
+LORA, QLORA = {"kind": "lora", "r": 16}, {"kind": "qlora", "r": 16}
+FULL = {"kind": "full"}
+OTHER_SIDES = [
+    Case(model="tiny", micro_steps=2, stage=1), Case(model="tiny", micro_steps=2, stage=2), Case(model="tiny", micro_batch_size=4, ranks=2),
+    Case(model="tiny", sections={"optim": {"name": "adafactor"}}), Case(model="tiny", sections={"optim": {"name": "adamw_8bit"}}),
+    Case(model="tiny", method={"kind": "freeze", "last_layers": 2}), Case(model="tiny", method={"kind": "qlora", "r": 16, "bits": 8}),
+]  # fmt: skip
+CASES = [
+    *(Case(model="tiny", method=method, dtype=dtype, checkpointing=checkpointing, stage=stage, ranks=ranks)
+      for method in (FULL, LORA, QLORA) for dtype in ("fp32", "bf16") for checkpointing in (True, False) for stage in (0, 1, 2, 3)
+      for ranks in (1, 2)),
+    *OTHER_SIDES,
+    *(Case(model="0.1b", method=method, dtype=dtype, stage=stage, ranks=ranks, checkpointing=checkpointing, seq_len=256)
+      for method, dtype, stage, ranks, checkpointing in (
+          (FULL, "fp32", 2, 1, True), (FULL, "bf16", 2, 1, False), (FULL, "bf16", 0, 1, True), (FULL, "bf16", 3, 2, True), (LORA, "bf16", 2, 1, True),
+          (LORA, "fp32", 1, 2, False), (LORA, "bf16", 3, 2, True), (QLORA, "bf16", 2, 2, True), (QLORA, "bf16", 3, 2, True))),
+    *(Case(model="0.4b", method=method, dtype=dtype, stage=stage, ranks=ranks, seq_len=128)
+      for method, dtype, stage, ranks in ((FULL, "bf16", 2, 1), (FULL, "bf16", 3, 2), (LORA, "bf16", 2, 1), (QLORA, "bf16", 2, 1))),
+    *(Case(model="1.1b", method=method, dtype="bf16", stage=stage, ranks=ranks, seq_len=64, sections=sections)
+      for method, stage, ranks, sections in (
+          (LORA, 2, 1, {}), (QLORA, 2, 1, {}), (QLORA, 3, 2, {}), (LORA, 3, 2, {}), (FULL, 2, 1, {"optim": {"name": "lion_8bit"}}))),
+]  # fmt: skip
+TENSORS_WITHIN, RESIDENT_WITHIN = 0.03, 0.10
+
+
+def profile_rank(plan_file: Path) -> None:
+    """A rank of the run under the profiler; leaves when how many bytes were live, and on rank 0 the events, in the run folder."""
+    import numpy as np
+    from torch._C._profiler import _EventType
+    from torch.profiler import ProfilerActivity, profile
+
+    from launcher.plan import load_plan
+    from launcher.train.worker import Rank, run_rank
+
+    plan = load_plan(plan_file)
+    me = Rank(rank=int(os.environ["RANK"]), local_rank=int(os.environ["LOCAL_RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    marks: list[dict[str, Any]] = []
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    profiler.start()
+    run_rank(plan, me, show=lambda event: marks.append({**event, "time_ns": time.time_ns()}), stop_asked=lambda: False)
+    profiler.stop()
+    points: list[tuple[int, int]] = []
+    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    while waiting:
+        event = waiting.pop()
+        if event.tag == _EventType.Allocation:
+            points.append((event.start_time_ns, event.extra_fields.total_allocated))
+        waiting += event.children
+    np.save(Path(plan.run_dir) / f"live-{me.rank}.npy", np.array(sorted(points), dtype=np.int64))
+    if me.rank == 0:
+        (Path(plan.run_dir) / "marks.json").write_text(json.dumps(marks))
+
+
+def read_live(run_dir: Path, ranks: int) -> dict[str, int]:
+    """Peaks of live bytes while the model is built and over the steps, and what is held after the last: of the rank with most."""
+    import numpy as np
+
+    marks = json.loads((run_dir / "marks.json").read_text())
+    loading = next(m["time_ns"] for m in marks if m["event"] == "phase" and m["name"] == "loading model")
+    start = next(m["time_ns"] for m in marks if m["event"] == "start")
+    last = max(m["time_ns"] for m in marks if m["event"] == "step")
+    mapped = next(m["mapped_bytes"] for m in marks if m["event"] == "memory")  # weights in the model's file: no allocator sees them
+    found: dict[str, int] = {"building": 0, "stepping": 0, "held": 0}
+    for rank in range(ranks):
+        times, live = np.load(run_dir / f"live-{rank}.npy").T
+        base = int(live[times < loading][-1]) if (times < loading).any() else 0
+
+        def peak(begin: int, end: int, times: Any = times, live: Any = live, base: int = base) -> int:
+            return int(live[(times >= begin) & (times < end)].max()) - base
+
+        seen = {"building": peak(loading, start), "stepping": peak(start, last), "held": int(live[times < last][-1]) - base}
+        found = {name: max(found[name], seen[name] + mapped) for name in found}
+    return found
+
+
+def predicted(plan: Any) -> dict[str, int]:
+    from launcher.train.budget import BUILDING, STEPPING
+
+    sizes = {phase.name: phase.allocated_bytes for phase in plan.memory.phases}
+    building, stepping = (max(sizes[name] for name in names if name != "evaluation") for names in (BUILDING, STEPPING))
+    return {"building": building, "stepping": stepping}
+
+
+def measure(case: Case, folder: Path) -> dict[str, Any]:
+    plan, row = measure_run(case, folder, "cpu")
+    run_dir = Path(plan.run_dir)
+    (run_dir / "metrics.jsonl").unlink()
+    shutil.rmtree(run_dir / "checkpoints")
+    run(plan, [str(Path(__file__)), "--rank", str(run_dir / "plan.json")])
+    live, told = read_live(run_dir, case.ranks), predicted(plan)
+    row["figures"] |= {name: {"predicted": told[name], "measured": live[name], "error": told[name] / live[name] - 1} for name in told}
+    return {**row, "held": live["held"]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rank", type=Path, help="be a rank of this plan (torchrun)")
+    parser.add_argument("--only", nargs="*", default=[], help="cases whose name has one of these in it")
+    parser.add_argument("--out", type=Path, default=RESULTS / "memory-cpu.json")
+    parser.add_argument("--folder", type=Path, help="where models and runs are kept; a temporary folder unless told")
+    args = parser.parse_args()
+    if args.rank:
+        profile_rank(args.rank)
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = args.folder or Path(temporary)
+        for case in CASES:
+            if not args.only or any(word in case.name for word in args.only):
+                rows.append(measure(case, folder))
+                print(describe(rows[-1]), flush=True)
+                save_results(args.out, rows, benchmark="memory on a CPU")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""A 4-bit model under ZeRO-3, quantised and sharded layer by layer: no rank ever holds all of it.
+
+transformers quantises only while it loads, and cannot do so under zero.Init: each rank would hold the whole quantised model before
+DeepSpeed shards it, 206 GiB of Llama-3.1-405B. Here the weights stay in their mapped files until their layer's turn comes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from launcher.errors import ModelError
+from launcher.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PreTrainedModel
+
+
+def quantise_and_shard(model: PreTrainedModel, plan: Plan, quantization: BitsAndBytesConfig, device: str) -> PreTrainedModel:
+    """The model in `quantization`'s 4 bits, a rank's part of each parameter on the device. It comes on the CPU, in 16 or 32 bits.
+
+    Every rank must call it: DeepSpeed spreads rank 0's weights.
+    """
+    import deepspeed
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    spared = get_keys_to_not_convert(model)
+    names = {module: name for name, module in model.named_modules()}
+    for layer in [*find_decoder_layers(model), model]:
+        for parent in layer.modules():
+            for child_name, child in list(parent.named_children()):
+                if type(child) is nn.Linear and should_convert_module(names[child], spared):
+                    setattr(parent, child_name, _quantise(child, quantization, device))
+        deepspeed.zero.Init(module=layer, config_dict_or_path=dict(plan.deepspeed))  # moves what is left to the device, and shards
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    # What transformers would have set: peft asks for the first, an export reads the second.
+    model.is_loaded_in_4bit = True
+    model.config.quantization_config = quantization
+    return model
+
+
+def find_decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
+    """The list of transformer layers: the longest ModuleList."""
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    if not lists:
+        raise ModelError(f"{type(model).__name__} has no list of layers", "set parallel.leaf_modules to false")
+    return max(lists, key=len)
+
+
+def _quantise(linear: nn.Linear, quantization: Any, device: str) -> nn.Module:
+    """The layer in 4 bits on the device (bitsandbytes 0.50.2 quantises when a weight is moved)."""
+    import bitsandbytes as bnb
+
+    with torch.device("meta"):
+        layer = bnb.nn.Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, quantization.bnb_4bit_compute_dtype,
+            compress_statistics=quantization.bnb_4bit_use_double_quant, quant_type=quantization.bnb_4bit_quant_type,
+            quant_storage=quantization.bnb_4bit_quant_storage,
+        )  # fmt: skip
+    quantised: nn.Module = layer
+    layer.weight = bnb.nn.Params4bit(
+        linear.weight.data, requires_grad=False, compress_statistics=quantization.bnb_4bit_use_double_quant,
+        quant_type=quantization.bnb_4bit_quant_type, quant_storage=quantization.bnb_4bit_quant_storage, module=layer,
+    ).to(device)  # fmt: skip
+    if linear.bias is not None:
+        layer.bias = nn.Parameter(linear.bias.data.to(device), requires_grad=False)
+    return quantised

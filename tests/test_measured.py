@@ -1,0 +1,41 @@
+"""A real run's memory beside its plan: a slice of benchmarks/memory_cpu.py, whose matrix goes to 1.1B parameters."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.memory_cpu import CASES, LORA, TENSORS_WITHIN, measure
+from benchmarks.memory_gpu import run_cases
+from benchmarks.memory_matrix import Case
+
+
+def test_bytes_of_live_tensors_are_within_three_percent(tmp_path: Path) -> None:
+    """Under torch's profiler; the frozen weights lie in the model's mapped file."""
+    row = measure(Case(model="tiny", method=LORA), tmp_path)
+    assert abs(row["figures"]["stepping"]["error"]) <= TENSORS_WITHIN, row["figures"]
+
+
+def test_a_case_that_fails_is_a_row_that_says_so(tmp_path: Path) -> None:
+    """The GPU's matrix where there is none: planned, run under torchrun, written. Rows are longer than they may be."""
+    case = Case(model="tiny", sections={"data": {"too_long": "error"}})
+    (row,) = run_cases([case], tmp_path, tmp_path / "rows.json", "cpu")
+    assert "tokens" in row["failed"] and "figures" not in row
+    assert json.loads((tmp_path / "rows.json").read_text())["rows"] == [json.loads(json.dumps(row))]
+
+
+def test_names_of_cases_are_their_own() -> None:
+    names = [case.name for case in CASES]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", [case for case in CASES if case.model == "1.1b"], ids=lambda case: case.name)
+def test_a_billion_parameters(case: Case, tmp_path: Path) -> None:
+    row = measure(case, tmp_path)
+    assert abs(row["figures"]["stepping"]["error"]) <= TENSORS_WITHIN, row["figures"]
