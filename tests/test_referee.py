@@ -98,6 +98,16 @@ def test_every_closed_form(kind: str, method: MethodFacts, checkpointing: Any, a
     assert_equal(kind, workload(kind, changes=sizes, **facts), changes=sizes)
 
 
+@pytest.mark.parametrize("checkpointing", ["on", "off"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "bert"])
+def test_dora(kind: str, dropout: float, checkpointing: Any) -> None:
+    """Its norm is of the base's weight and the adapters' product, which is made of an identity matrix; a bias is taken off first."""
+    for sizes in (None, OTHER_SIZES):
+        method = replace(LORA, dora=True, dropout=dropout)
+        assert_equal(kind, workload(kind, changes=sizes, method=method, checkpointing=checkpointing), changes=sizes)
+
+
 WINDOW = {"sliding_window": 64}
 SOME = {"use_sliding_window": True, "max_window_layers": 1, **WINDOW}
 

@@ -136,6 +136,12 @@ def test_an_unknown_architecture_is_built_and_traced(tmp_path: Path) -> None:
     )
 
 
+def test_dora_trains_a_magnitude_for_each_output(tmp_path: Path) -> None:
+    model = write_config(tmp_path, "llama")
+    lora, dora = (plan_of(model, method={"kind": "lora", "r": 4, "dora": dora}).trainable_params for dora in (False, True))
+    assert dora - lora == 6 * (4 * 64 + 2 * 96 + 64)
+
+
 def test_an_architecture_that_transformers_does_not_have(tmp_path: Path) -> None:
     plan = plan_of(write_config(tmp_path, "nonesuch"), tracer=MetaTracer())
     assert "not traced: this transformers has no model type 'nonesuch'" in notes_of(plan)

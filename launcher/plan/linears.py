@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from launcher.plan.operators import FP32, add, copy, dropout, matmul, mul, scale, shift, subtract
-from launcher.plan.tape import DEQUANTISED, Parameter, Storage, Tape, Tensor, counting_as
+from launcher.plan.tape import DEQUANTISED, Node, Parameter, Storage, Tape, Tensor, counting_as
 
 
 class Linear:
@@ -122,7 +122,7 @@ def _dequantise(tape: Tape, layer: Linear) -> Tensor:
 def _product_4bit(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
     """MatMul4Bit: keeps no activation; forward (for many rows, on a CPU always) and backward dequantise the whole weight."""
     size, rows = x.count * x.width, x.count // layer.n_in
-    if rows > DEQUANTISING_ROWS or not tape.on_cuda:
+    if tape.counts_workspace and (rows > DEQUANTISING_ROWS or not tape.on_cuda):
         dense = _dequantise(tape, layer)
         out = tape.new(rows * layer.n_out, x.width)
         del dense
@@ -154,7 +154,10 @@ def _product_8bit(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
         del weight
         return (made,)
 
-    return tape.attach(out, run, x)
+    out = tape.attach(out, run, x)
+    if isinstance(out.node, Node):
+        out.node.run = run  # in a recomputation's graph too
+    return out
 
 
 def _multiply_dense(tape: Tape, layer: Linear, rows: int) -> Tensor:

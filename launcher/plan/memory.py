@@ -86,7 +86,7 @@ def count_trainable(recipe: Recipe, shape: ModelShape) -> int:
     """Parameters that receive gradients."""
     method = recipe.method
     if isinstance(method, Lora | QLora):
-        return shape.lora_params(method.r, method.target_modules)
+        return shape.lora_params(method.r, method.target_modules, dora=method.dora)
     if isinstance(method, Freeze):
         return shape.frozen_but(method.last_layers, method.patterns)
     return shape.num_params

@@ -75,13 +75,14 @@ class ModelShape:
     def num_params(self) -> int:
         return sum(block.count * block.repeats for block in self.inventory)
 
-    def lora_params(self, r: int, target_modules: str | tuple[str, ...]) -> int:
-        """Parameters of the adapters peft makes: rank · (in + out) for each matrix that gets one."""
+    def lora_params(self, r: int, target_modules: str | tuple[str, ...], *, dora: bool = False) -> int:
+        """Parameters of the adapters peft makes: rank · (in + out) for each matrix that gets one, and DoRA's magnitudes, one an output."""
         total = 0
         for block in self.inventory:
             for weight in block.weights:
                 rank = adapter_rank(self.model_type, block.prefix, weight, r, target_modules)
                 total += block.repeats * rank * sum(weight.shape[-2:]) * (weight.shape[0] if len(weight.shape) == 3 else 1) if rank else 0
+                total += block.repeats * weight.fan[1] if rank and dora else 0
         if self.tied_embeddings and target_modules != "all-linear" and "lm_head" in target_modules:
             total += r * (self.vocab_size + self.hidden_size)  # the module is there, though its weight is the embedding's
         return total

@@ -38,11 +38,11 @@ Gradient = "Storage | None"
 class Tape:
     """The one who counts. `peaks` holds, phase by phase, the most that was live and how it was made up."""
 
-    __slots__ = ("accumulates_in_place", "events", "frame", "fused", "on_cuda", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient",
+    __slots__ = ("accumulates_in_place", "counts_workspace", "events", "frame", "fused", "on_cuda", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient",
                  "on_host", "peaks", "phase", "recomputing", "reentrant", "round_to", "sequence", "top", "training", "unpacked")  # fmt: skip
 
     def __init__(
-        self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True, on_cuda: bool = True, training: bool = True,
+        self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True, on_cuda: bool = True, counts_workspace: bool = True, training: bool = True,
         fused: bool = False, reentrant: bool = False,
     ) -> None:  # fmt: skip
         self.fused = fused  # Liger's kernels in place of torch's
@@ -62,6 +62,7 @@ class Tape:
         self.grad_enabled = self.training = training
         self.unpacked: list[Tensor] = []
         """What a node was given of a recomputation: it holds on to it while it runs."""
+        self.counts_workspace = counts_workspace
         self.on_cuda = on_cuda
         """CUDA's kernels differ: dropout keeps a mask of one byte an element, where others keep one in the input's dtype."""
         self.on_gradient: Callable[[Sink, Storage], None] = _keep_gradient
@@ -301,12 +302,11 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
         outputs = list(run(grads))
         tape.unpacked.clear()
         for index, output in enumerate(outputs):
-            if isinstance(
-                output, tuple
-            ):  # made in another shape or dtype than its tensor's; fitted before the node lets go (validate_outputs)
+            if isinstance(output, tuple):
+                # Made in another shape or dtype than its tensor's; fitted before the node lets go (validate_outputs).
                 outputs[index] = tape.make(output[1])
-                del output
         del run, grads
+        output = None
         for index, (edge, slot) in enumerate(edges):
             grad = outputs[index]
             outputs[index] = None

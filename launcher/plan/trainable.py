@@ -36,6 +36,8 @@ def find_obstacle(shape: ModelShape, recipe: Recipe) -> str | None:
         return (
             f"its files are quantised already ({quantised}), and transformers refuses to do it again with bitsandbytes; method lora works"
         )
+    if method.kind == "qlora" and method.bits == 8 and method.dora:
+        return "method.dora: peft 0.21 takes an 8-bit layer's scales away when it norms its weight; use bits 4"
     if kind.startswith("llama4") and method.kind in ("lora", "qlora") and method.target_modules == "all-linear":
         return "method.target_modules: all-linear reaches Llama 4's router, which peft 0.21 cannot wrap; name the attention's layers"
     return None
