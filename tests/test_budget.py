@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,16 @@ from tiny import plan_tiny
 
 from launcher.progress import describe_event
 from launcher.train import budget
-from launcher.train.budget import Reading, count_mapped, describe_miss, limit_memory, outside_allocator, read_figures
+from launcher.train.budget import (
+    Reading,
+    count_mapped,
+    describe_miss,
+    limit_memory,
+    outside_allocator,
+    read_figures,
+    read_resident,
+    return_heap,
+)
 
 MIB = 1 << 20
 
@@ -145,3 +155,18 @@ print(read_anonymous() - base)
 
     if cpu_has_bf16():  # without, torch has its own kernels
         assert grown["bounded"] < 2 * part.bytes and grown["free"] > 4 * grown["bounded"]
+
+
+def test_what_loading_freed_goes_back_to_the_system() -> None:
+    """Blocks below one that stays are what glibc keeps."""
+
+    def load() -> bytearray:
+        blocks = [bytearray(64 << 10) for _ in range(2048)]
+        return blocks[-1]
+
+    with ThreadPoolExecutor(1) as threads:
+        kept = threads.submit(load).result()
+        held = read_resident()
+        return_heap()
+        assert held - read_resident() > 64 << 20
+        assert len(kept) == 64 << 10
