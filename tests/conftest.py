@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from plans import CONFIG, write_config
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -49,3 +50,9 @@ def one_rank() -> Iterator[Ranks]:
     ranks = Ranks(1)
     yield ranks
     ranks.close()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A model folder that can be planned with: a configuration, and a name for weights that nobody reads."""
+    return write_config(tmp_path / "model", CONFIG)
