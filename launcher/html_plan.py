@@ -13,7 +13,7 @@ from launcher.view_plan import describe_rest, describe_slowdown, describe_verdic
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from launcher.plan.budget import Component, Phase
+    from launcher.plan.budget import Component, FigureName, Phase
     from launcher.plan.dry_run import DryRun
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 980, 430, 64, 16, 30, 56
@@ -150,8 +150,9 @@ def _phase_table(phases: tuple[Phase, ...], decisive: Phase) -> str:
         if any(sizes):
             key = f'<i class="key" style="background:{_colour(name)}"></i>{escape(name)}'
             rows.append([key, *(format_bytes(size) if size else "" for size in sizes)])
-    for label, name in (("allocated", "allocated"), ("reserved", "reserved"), ("device total", "total")):
-        rows.append([f"<b>{label}</b>", *(format_bytes(phase.figure(name).p50) for phase in phases)])  # type: ignore[arg-type]
+    figures: dict[str, FigureName] = {"allocated": "allocated", "reserved": "reserved", "device total": "total"}
+    for label, figure in figures.items():
+        rows.append([f"<b>{label}</b>", *(format_bytes(phase.figure(figure).p50) for phase in phases)])
     rows.append(["<b>device total, P95</b>", *(format_bytes(phase.figure("total").p95) for phase in phases)])
     return _table(heads, rows, numbers=set(range(1, len(heads))))
 

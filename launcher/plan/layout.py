@@ -10,6 +10,7 @@ from launcher.cluster import Accelerator, Cluster
 from launcher.errors import Fault, RecipeError
 from launcher.recipe import Lora, QLora, Recipe
 
+Attention = Literal["eager", "sdpa", "flash_attention_2"]
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 
@@ -23,7 +24,7 @@ class Layout:
     backend: Literal["gloo", "nccl"]
     threads_per_worker: int
     dtype: Dtype
-    attn_implementation: str
+    attn_implementation: Attention
     liger_kernel: bool
     zero_stage: int
     offload_optimizer: bool

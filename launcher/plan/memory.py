@@ -100,7 +100,7 @@ def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
         method=method_facts(recipe),
         width=DTYPE_BYTES[layout.dtype],
         device=layout.accelerator,
-        attention=layout.attn_implementation,  # type: ignore[arg-type]
+        attention=layout.attn_implementation,
         loss=layout.loss,
         checkpointing="offload" if layout.checkpoints_on_host else "on" if layout.gradient_checkpointing else "off",
         micro_batch_size=batch.micro_batch_size,

@@ -181,7 +181,10 @@ def _time_micro_step(recipe: Recipe, shape: ModelShape, layout: Layout, device: 
     adapters = isinstance(recipe.method, Lora | QLora)
     launches = shape.num_layers * passes * LAYER_OVERHEAD_S * (2 if adapters else 1)
     if ranks > 1 and layout.zero_stage:
-        launches += trained / (recipe.parallel.reduce_bucket_size or max(1, trained)) * COLLECTIVE_OVERHEAD_S  # type: ignore[operator]
+        bucket = recipe.parallel.reduce_bucket_size
+        if bucket == "auto":
+            raise ValueError("a step is timed of a recipe that leaves nothing to choose (launcher.plan.solve)")
+        launches += trained / (bucket or max(1, trained)) * COLLECTIVE_OVERHEAD_S
     moved_to_host = 2.0 * width * shape.hidden_size * shape.num_layers * tokens if layout.checkpoints_on_host else 0.0
     host_rate = WIRE_SHARE * device.host_rate
     offload_rate = min(host_rate, NVME_RATE / layout.workers_per_node) if layout.nvme_path else host_rate

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from launcher.plan.inventory import Block, Weight
+from launcher.plan.layout import Attention
 from launcher.plan.linears import DEQUANTISING_ROWS, Linear
 from launcher.plan.shape import ModelShape, adapter_rank, is_head, is_trained
 from launcher.plan.tape import Parameter
 
-Attention = Literal["eager", "sdpa", "flash_attention_2"]
 Loss = Literal["plain", "chunked", "liger"]
 Checkpointing = Literal["off", "on", "offload"]
 
