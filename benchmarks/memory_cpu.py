@@ -110,7 +110,8 @@ def measure(case: Case, folder: Path) -> dict[str, Any]:
     run_dir = Path(plan.run_dir)
     (run_dir / "metrics.jsonl").unlink()
     shutil.rmtree(run_dir / "checkpoints")
-    run(plan, [str(Path(__file__)), "--rank", str(run_dir / "plan.json")])
+    # transformers casts weights in threads of its own, and torch's profiler sees the tensors of one thread: here it loads in that one.
+    run(plan, [str(Path(__file__)), "--rank", str(run_dir / "plan.json")], env={"HF_DEACTIVATE_ASYNC_LOAD": "1"})
     live, told = read_live(run_dir, case.ranks), predicted(plan)
     row["figures"] |= {name: {"predicted": told[name], "measured": live[name], "error": told[name] / live[name] - 1} for name in told}
     return {**row, "held": live["held"]}

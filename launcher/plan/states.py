@@ -157,15 +157,51 @@ class States:
     """Bytes of this rank's files on an NVMe disk."""
 
 
-def make_states(counts: Counts, sharding: Sharding, *, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int) -> States:
+UPDATE: dict[OptimizerName, int] = {"adafactor": 8}
+"""Bytes an element of a flat tensor that an optimizer takes for a moment (torch 2.13, optim/_adafactor.py): the gradient's square, and a copy of
+the variance."""
+UPDATE_ON_CPU: dict[OptimizerName, int] = UPDATE | {"adamw_8bit": 20, "paged_adamw_8bit": 20, "lion_8bit": 20, "paged_adamw": 12, "lion": 12}
+"""There bitsandbytes computes in torch's operators (backends/cpu/ops.py). 8 bits: both states and the gradient in fp32, a root and its quotient;
+Lion: the state, the gradient, two products and their sum. 32 bits: the gradient, and two of what its direction is made of."""
+
+
+def make_states(
+    counts: Counts, sharding: Sharding, *, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int, on_cpu: bool = False
+) -> States:
     """States of the rank that holds most."""
-    return _make_states(counts, sharding, width, optimizer, momentum, min(micro_steps, 2))  # the second micro-step is like all that follow
+    # the second micro-step is like all that follow
+    return _make_states(counts, sharding, width, optimizer, momentum, min(micro_steps, 2), on_cpu)
 
 
 @lru_cache(maxsize=512)
-def _make_states(counts: Counts, sharding: Sharding, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int) -> States:
+def _make_states(
+    counts: Counts, sharding: Sharding, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int, on_cpu: bool
+) -> States:
     maker = {0: _replicated, 1: _partitioned, 2: _partitioned, 3: _sharded}[sharding.stage]
-    return maker(counts, sharding, width, optimizer, momentum, micro_steps)
+    held = maker(counts, sharding, width, optimizer, momentum, micro_steps)
+    updated = _largest_updated(counts, sharding)
+    # The group's gradient in fp32, of stages 1 and 2 those of other groups as they came; stage 0 has them all.
+    gradients = held.step_peak if sharding.stage == 0 else 4 * updated
+    if sharding.stage in (1, 2):
+        gradients += width * (held.partition - updated)
+    moment = (UPDATE_ON_CPU if on_cpu else UPDATE).get(optimizer, 0) * updated
+    return held if sharding.offload_optimizer else replace(held, step_peak=max(held.step_peak, gradients + moment))
+
+
+def _largest_updated(counts: Counts, sharding: Sharding) -> int:
+    """Elements of the largest tensor that the optimizer is given: a parameter, a group's part, or a sub-group's."""
+    groups, ranks = (counts.decayed, counts.spared), sharding.ranks
+    if sharding.stage == 0:
+        return max(counts.decayed + counts.spared, default=0)
+    if sharding.stage == 3:
+        parts = tuple(-(-count // ranks) for count in counts.decayed + counts.spared)
+        return max(_sub_groups(parts, len(counts.decayed), sharding.sub_group), default=0)
+    return max((_padded(group, ranks) // ranks for group in groups), default=0)
+
+
+def _padded(group: tuple[int, ...], ranks: int) -> int:
+    """Elements of a flat group of stages 1 and 2."""
+    return -(-sum(group) // (2 * ranks)) * 2 * ranks
 
 
 def _replicated(counts: Counts, sharding: Sharding, width: int, name: OptimizerName, momentum: bool, micro_steps: int) -> States:
@@ -192,7 +228,7 @@ def _frozen(counts: Counts, width: int) -> int:
 def _partitioned(counts: Counts, sharding: Sharding, width: int, name: OptimizerName, momentum: bool, micro_steps: int) -> States:
     """Stages 1 and 2: each group of trained parameters is one flat tensor, cut into equal parts."""
     ranks = sharding.ranks
-    flats = [-(-sum(group) // (2 * ranks)) * 2 * ranks for group in (counts.decayed, counts.spared) if group]
+    flats = [_padded(group, ranks) for group in (counts.decayed, counts.spared) if group]
     parts = tuple(flat // ranks for flat in flats)
     part, flat, largest = sum(parts), sum(flats), max(parts, default=0)
     states = optimizer_bytes(name, momentum, parts, flat=True)
@@ -207,7 +243,8 @@ def _partitioned(counts: Counts, sharding: Sharding, width: int, name: Optimizer
         gradients=(width * counts.trained if sharding.stage == 1 else width * part) if micro_steps > 1 else 0,
         bucket=bucket, bucket_always=False, partition=part, part_bytes=width * part,
         reduce_copy=width * in_bucket if ranks > 1 else 0, start_peak=start,
-        step_peak=_flat_step(name, width, part, largest), host=0, host_pinned=(),
+        # this rank's gradients, their flat copy, and that in fp32
+        step_peak=width * part + width * largest + (4 * largest if width < 4 else 0), host=0, host_pinned=(),
     )  # fmt: skip
     if not sharding.offload_optimizer:
         return held
@@ -227,14 +264,6 @@ def _offloaded(held: States, on_device: int, host: int, pinned: tuple[int, ...])
         gradients=on_device, bucket=held.bucket, bucket_always=held.bucket_always, partition=held.partition, part_bytes=0,
         reduce_copy=held.reduce_copy, start_peak=held.start_peak, step_peak=0, host=host, host_pinned=pinned,
     )  # fmt: skip
-
-
-def _flat_step(name: OptimizerName, width: int, part: int, largest: int) -> int:
-    """Gradients of this rank, their flat copy, and that in fp32; then what the optimizer itself takes."""
-    gradients = width * part
-    copies = width * largest + (4 * largest if width < 4 else 0)
-    update = {"adafactor": 8 * largest, "sgd": 0}.get(name, 0)
-    return max(gradients + copies, gradients + 4 * largest + update)
 
 
 def _sharded(counts: Counts, sharding: Sharding, width: int, name: OptimizerName, momentum: bool, micro_steps: int) -> States:
