@@ -142,7 +142,10 @@ def make_plan_of(case: Case, folder: Path, accelerator: Any) -> Any:
     for section, keys in case.sections.items():
         sections[section] = {**sections.get(section, {}), **keys}
     recipe = Recipe.model_validate_json(json.dumps(sections))
-    plan = make_plan(recipe, find_local_cluster(case.ranks, accelerator), base_dir=str(folder), run_dir=str(run_dir))
+    cluster = find_local_cluster(case.ranks, accelerator)
+    if accelerator == "cpu":  # a thread a rank, whatever else the machine does
+        cluster = cluster.model_copy(update={"cpus_per_node": case.ranks})
+    plan = make_plan(recipe, cluster, base_dir=str(folder), run_dir=str(run_dir))
     plan.save(run_dir / "plan.json")
     return plan
 

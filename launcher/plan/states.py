@@ -204,6 +204,10 @@ def _padded(group: tuple[int, ...], ranks: int) -> int:
     return -(-sum(group) // (2 * ranks)) * 2 * ranks
 
 
+REDUCED_AT_ONCE = 500_000_000
+"""Gradients, in elements, that stage 0 copies into one flat tensor, on one rank too (runtime/engine.py, allreduce_bucket)."""
+
+
 def _replicated(counts: Counts, sharding: Sharding, width: int, name: OptimizerName, momentum: bool, micro_steps: int) -> States:
     """Stage 0: the torch optimizer in fp32, DeepSpeed's unfused one in 16 bits, with a master of each parameter."""
     trained = counts.trained
@@ -216,7 +220,7 @@ def _replicated(counts: Counts, sharding: Sharding, width: int, name: OptimizerN
     return States(
         weights=_frozen(counts, width) + width * (trained - counts.adapters), quant_state=counts.quant_state_bytes, adapters=width * counts.adapters,
         persistent=0, master=master, optimizer=states, gradients=gradients if micro_steps > 1 else 0, bucket=0, bucket_always=False,
-        partition=trained, part_bytes=gradients, reduce_copy=gradients if sharding.ranks > 1 else 0, start_peak=start,
+        partition=trained, part_bytes=gradients, reduce_copy=width * min(trained, REDUCED_AT_ONCE), start_peak=start,
         step_peak=gradients + fp32_gradients, host=0, host_pinned=(),
     )  # fmt: skip
 

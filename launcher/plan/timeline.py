@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from launcher.plan.gathering import gather, sizes_of
@@ -34,6 +35,13 @@ class Story:
         if key:
             self.events.append((phase, -size, key))
 
+    def begin_all(self, phase: str, sizes: Iterable[int]) -> list[tuple[int, int]]:
+        return [(self.begin(phase, size), size) for size in sizes]
+
+    def end_all(self, phase: str, blocks: Iterable[tuple[int, int]]) -> None:
+        for key, size in blocks:
+            self.end(phase, key, size)
+
     def passing(self, phase: str, *sizes: int) -> None:
         """What is held together for a moment."""
         keys = [(self.begin(phase, size), size) for size in sizes]
@@ -48,6 +56,7 @@ class Story:
 def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, micro_steps: int) -> Story:
     """The stream of one rank. Parameters come one by one, states flat, as DeepSpeed makes them."""
     story = Story([])
+    gradients, optimizer, step = _in_blocks(work, states, sharding)
     _load(story, work, states, sharding)
     story.passing("engine start", states.start_peak)
     story.events.append(("engine start", 0, 0))  # DeepSpeed empties the cache between groups
@@ -64,18 +73,35 @@ def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, m
     computed = _make_micro_step(tape.events, states, story.next_key + 1)
     story.next_key += len(computed) + 1
     for iteration in range(ITERATIONS):
-        held = story.begin("forward", states.gradients) if sharding.stage != 3 else 0
+        held = story.begin_all("forward", gradients(states.gradients)) if sharding.stage != 3 else []
         gathered = story.begin("forward", whole)
         story.events += computed  # all that begins in it ends in it, so that its keys may come again
         story.end("reduce", gathered, whole)
-        left = story.begin("reduce", states.part_bytes) if keeps else 0
+        left = story.begin_all("reduce", gradients(states.part_bytes)) if keeps else []
         story.passing("reduce", states.reduce_copy)
         if iteration == 0:
-            story.begin("optimizer step", states.optimizer)
-        story.passing("optimizer step", states.step_peak)
-        story.end("optimizer step", left, states.part_bytes)
-        story.end("optimizer step", held, states.gradients)
+            story.begin_all("optimizer step", optimizer)
+        story.passing("optimizer step", *step)
+        story.end_all("optimizer step", left)
+        story.end_all("optimizer step", held)
     return story
+
+
+def _in_blocks(work: Workload, states: States, sharding: Sharding) -> tuple[Callable[[int], list[int]], list[int], list[int]]:
+    """Gradients, optimizer states and what a step takes, block by block. On a CPU, whose heap tells small blocks from large: gradients that lie
+    in their parameters, and all that stage 0 has, a block a parameter; flat states in two."""
+    if work.device != "cpu":
+        return lambda size: [size], [states.optimizer], [states.step_peak]
+    counts = count_states(work)
+    trained = counts.decayed + counts.spared
+
+    def spread(size: int) -> list[int]:
+        return [size * count // sum(trained) for count in trained]
+
+    taken = min(states.step_peak, states.part_bytes or states.gradients)
+    if sharding.stage == 0:
+        return spread, spread(states.optimizer), spread(states.step_peak)
+    return spread if sharding.stage == 1 else lambda size: [size], [states.optimizer // 2] * 2, [*spread(taken), states.step_peak - taken]
 
 
 def _load(story: Story, work: Workload, states: States, sharding: Sharding) -> None:
