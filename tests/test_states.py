@@ -85,7 +85,9 @@ def test_every_optimizers_states(name: str, sections: dict[str, Any], tiny: Path
     assert steady(plan) == pytest.approx(found["after"]["step 2"], rel=2e-3)
 
 
-@pytest.mark.parametrize(("name", "made"), [("adamw_8bit", "AdamW8bit"), ("lion_8bit", "Lion8bit"), ("paged_adamw", "AdamW"), ("lion", "Lion")])
+@pytest.mark.parametrize(
+    ("name", "made"), [("adamw_8bit", "AdamW8bit"), ("lion_8bit", "Lion8bit"), ("paged_adamw", "AdamW"), ("lion", "Lion")]
+)
 def test_what_bitsandbytes_takes_for_a_moment_on_a_cpu(name: Any, made: str) -> None:
     """Its operators are one to a dispatch mode: the profiler sees into them. Of the second step, when the states are there."""
     import bitsandbytes

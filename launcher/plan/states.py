@@ -160,7 +160,13 @@ class States:
 UPDATE: dict[OptimizerName, int] = {"adafactor": 8}
 """Bytes an element of a flat tensor that an optimizer takes for a moment (torch 2.13, optim/_adafactor.py): the gradient's square, and a copy of
 the variance."""
-UPDATE_ON_CPU: dict[OptimizerName, int] = UPDATE | {"adamw_8bit": 20, "paged_adamw_8bit": 20, "lion_8bit": 20, "paged_adamw": 12, "lion": 12}
+UPDATE_ON_CPU: dict[OptimizerName, int] = UPDATE | {
+    "adamw_8bit": 20,
+    "paged_adamw_8bit": 20,
+    "lion_8bit": 20,
+    "paged_adamw": 12,
+    "lion": 12,
+}
 """There bitsandbytes computes in torch's operators (backends/cpu/ops.py). 8 bits: both states and the gradient in fp32, a root and its quotient;
 Lion: the state, the gradient, two products and their sum. 32 bits: the gradient, and two of what its direction is made of."""
 
@@ -180,10 +186,8 @@ def _make_states(
     maker = {0: _replicated, 1: _partitioned, 2: _partitioned, 3: _sharded}[sharding.stage]
     held = maker(counts, sharding, width, optimizer, momentum, micro_steps)
     updated = _largest_updated(counts, sharding)
-    # The group's gradient in fp32, of stages 1 and 2 those of other groups as they came; stage 0 has them all.
-    gradients = held.step_peak if sharding.stage == 0 else 4 * updated
-    if sharding.stage in (1, 2):
-        gradients += width * (held.partition - updated)
+    # The group's gradient in fp32; what it came from is let go after the step (stage_1_and_2.py, grads_in_partition), or in stage 3 is counted as held.
+    gradients = held.step_peak if sharding.stage == 0 else 4 * updated + (width * held.partition if sharding.stage < 3 else 0)
     moment = (UPDATE_ON_CPU if on_cpu else UPDATE).get(optimizer, 0) * updated
     return held if sharding.offload_optimizer else replace(held, step_peak=max(held.step_peak, gradients + moment))
 
@@ -277,7 +281,7 @@ def _sharded(counts: Counts, sharding: Sharding, width: int, name: OptimizerName
     parts = tuple(-(-count // ranks) for count in trained)
     part = sum(parts)
     frozen = sum(-(-count // ranks) for count in counts.frozen)
-    whole = sum(count for count in trained + counts.frozen if count <= sharding.persistence)
+    whole = sum(count for count in trained + counts.frozen if count <= sharding.persistence) if ranks > 1 else 0
     adapters = min(counts.adapters, counts.trained)
     adapter_part = part if adapters == counts.trained else 0
     groups = _sub_groups(parts, len(counts.decayed), sharding.sub_group)

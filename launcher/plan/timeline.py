@@ -67,8 +67,9 @@ def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, m
         story.begin("engine start", states.gradients)
     tape = recorded_step(work, keep_gradients=keeps, gradients_exist=keeps and micro_steps > 1)
     assert tape.events is not None
+    whole_is_gathered = sharding.ranks > 1 or sharding.offload_param
     if sharding.stage == 3 and sharding.overlap:
-        story.side = (_fetch(work, sharding), _reduce(work, sharding))
+        story.side = (_fetch(work, sharding) if whole_is_gathered else [], _reduce(work, sharding))
     whole = 0 if story.side else gather(work, sharding).backward
     computed = _make_micro_step(tape.events, states, story.next_key + 1)
     story.next_key += len(computed) + 1
