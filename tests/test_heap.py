@@ -35,16 +35,12 @@ print(read_peak_anonymous() - base, read_anonymous() - base)
 
 
 def make_waves() -> list[tuple[str, int, int]]:
-    """Small blocks and large ones, made and freed in turns, as layers make them: 60 MiB at most, 30 of it in blocks below the threshold."""
-    events, key = [], 0
-    for wave in range(12):
-        made = []
-        for index in range(60):
-            key += 1
-            size = 6 * MIB if index % 12 == 0 else (200 + 150 * (index % 5) + 10 * wave) << 10
-            made.append((size, key))
-            events.append(("forward", size, key))
-        events += [("forward", -size, key) for size, key in (made[::2] + made[1::2])]
+    """Small blocks, of which the last stays above the holes of the others; large ones beside these; small ones of other sizes into them."""
+    small, large, other = range(40), range(40, 48), range(48, 78)
+    events = [("forward", (880 + key) << 10, key) for key in small] + [("forward", -(880 + key) << 10, key) for key in small[:-1]]
+    for keys, size in ((large, 6 * MIB), (other, 300 << 10), (large, 6 * MIB)):
+        events += [("forward", size, key) for key in keys]
+        events += [("forward", -size, key) for key in keys]
     return events
 
 
@@ -60,11 +56,12 @@ def run(code: str, *words: str) -> list[int]:
 
 
 def test_a_process_grows_by_what_the_replay_has(saved: Path) -> None:
+    """One in which nothing small settles between tensors: what does is fitted, and told in docs/dry-run.md."""
     events = make_waves()
     peak, after = run(IN_WAVES, str(saved), json.dumps(events))
-    resident, live = replay(events, LEAST_THRESHOLD)["forward"]
-    assert live <= peak and peak == pytest.approx(resident, rel=0.15)
-    assert after < peak - 30 * MIB, "large blocks went back"
+    resident, live = replay(events, LEAST_THRESHOLD, piece_life=0)["forward"]
+    assert peak == pytest.approx(resident, rel=0.05) and resident > 1.5 * live
+    assert after < peak - 40 * MIB, "large blocks went back"
 
 
 def test_a_large_block_is_given_back_whatever_was_freed_before(saved: Path) -> None:
@@ -114,11 +111,11 @@ def test_a_hole_that_stays_is_slack() -> None:
     """A block that lives on above freed ones keeps them, until as much is wanted again."""
     events = [("forward", MIB, key) for key in range(10)] + [("forward", -MIB, key) for key in range(9)]
     events += [("backward", 8 * MIB, 20), ("backward", -8 * MIB, 20)]
-    peaks = replay(events, 16 * MIB)
+    peaks = replay(events, 16 * MIB, piece_life=0)
     resident, live = peaks["backward"]
     assert live == 9 * MIB and resident == pytest.approx(10 * MIB, rel=0.05), "the hole of 9 MiB is taken again"
-    resident, live = replay(events, 4 * MIB)["backward"]
-    assert resident == pytest.approx(18 * MIB, rel=0.05), "mapped beside the hole"
+    resident, live = replay([event for event in events if event[0] == "forward"] + [("backward", MIB // 4, 20)], 16 * MIB)["backward"]
+    assert live == MIB + MIB // 4 and resident == pytest.approx(10 * MIB, rel=0.05), "and stays whole where little is wanted"
 
 
 def test_the_threshold_lies_above_a_layers_activations(tiny: Path, tmp_path: Path) -> None:

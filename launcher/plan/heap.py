@@ -47,8 +47,8 @@ class _Chunk:
 class Heap:
     """Bytes that are live and resident, now and at most."""
 
-    def __init__(self, threshold: int) -> None:
-        self.threshold = threshold
+    def __init__(self, threshold: int, piece_life: int = PIECE_LIFE) -> None:
+        self.threshold, self.piece_life = threshold, piece_life
         self.mapped = self.live = self.peak_live = self.peak_resident = 0
         self.end = self.top = 0
         """Where the last chunk ends, and how much lies free beyond it."""
@@ -111,7 +111,7 @@ class Heap:
         chunk.free = block.free = False
         self.held[key] = (size, block)
         self.live += size
-        heappush(self.pieces, (self.count + self.random.randrange(1, 2 * PIECE_LIFE), self.count, chunk))
+        heappush(self.pieces, (self.count + self.random.randrange(2 * self.piece_life + 1), self.count, chunk))
         if rest is not None:
             self._free(rest)
 
@@ -153,12 +153,12 @@ class Heap:
             self._free(heappop(self.pieces)[2])
 
 
-def replay(events: Iterable[tuple[str, int, int]], threshold: int) -> dict[str, tuple[int, int]]:
+def replay(events: Iterable[tuple[str, int, int]], threshold: int, piece_life: int = PIECE_LIFE) -> dict[str, tuple[int, int]]:
     """Of (phase, size or -size, key) events: by phase, the most that was resident and the most that was live.
 
     What was made before the first forward pass lies compact: workers give loading's holes back.
     """
-    heap = Heap(threshold)
+    heap = Heap(threshold, piece_life)
     peaks: dict[str, tuple[int, int]] = {}
     current, begun = "", False
     for phase, size, key in events:
