@@ -17,7 +17,7 @@ from launcher.plan.budget import COMPONENTS, Component, FigureName, MemoryPlan, 
 from launcher.plan.decoder import CLOSED_FORMS
 from launcher.plan.fused import FUSED
 from launcher.plan.gathering import Gathered, gather
-from launcher.plan.heap import choose_threshold
+from launcher.plan.heap import PIECE_LIFE, choose_threshold
 from launcher.plan.heap import replay as replay_heap
 from launcher.plan.host import make_disk, make_host_phases, make_network
 from launcher.plan.layout import Layout
@@ -25,7 +25,7 @@ from launcher.plan.products import predict_objects, predict_products
 from launcher.plan.profile import Peak, StepProfile, bound_step, profile_evaluation, profile_step
 from launcher.plan.shape import ModelShape
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
-from launcher.plan.timeline import Event, Story, tell_step
+from launcher.plan.timeline import ITERATIONS, Event, Story, tell_step
 from launcher.plan.trainable import as_trained
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
@@ -373,7 +373,8 @@ def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, 
 
 def _make_heap_slack(phases: dict[str, Held], story: Story, threshold: int) -> dict[str, Component]:
     """What glibc's heap keeps in holes, replayed (heap.py). What an earlier phase left stays, so each has the most until then."""
-    peaks = replay_heap(story.events, threshold)
+    allocations = sum(1 for phase, size, _ in story.events if size > 0 and phase not in ("load", "engine start")) // ITERATIONS
+    peaks = replay_heap(story.events, threshold, piece_life=int(PIECE_LIFE * allocations))
     slack: dict[str, Component] = {}
     for name in phases:
         resident, live = peaks.get(story.phase_of(name), (0, 0))
