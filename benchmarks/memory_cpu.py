@@ -63,16 +63,32 @@ def profile_rank(plan_file: Path) -> None:
     profiler.start()
     run_rank(plan, me, show=lambda event: marks.append({**event, "time_ns": time.time_ns()}), stop_asked=lambda: False)
     profiler.stop()
-    points: list[tuple[int, int]] = []
+    seen: list[tuple[int, int, int]] = []
     waiting = list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
     while waiting:
         event = waiting.pop()
         if event.tag == _EventType.Allocation:
-            points.append((event.start_time_ns, event.extra_fields.total_allocated))
+            seen.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
         waiting += event.children
-    np.save(Path(plan.run_dir) / f"live-{me.rank}.npy", np.array(sorted(points), dtype=np.int64))
+    np.save(Path(plan.run_dir) / f"live-{me.rank}.npy", np.array(follow_live(sorted(seen)), dtype=np.int64))
     if me.rank == 0:
         (Path(plan.run_dir) / "marks.json").write_text(json.dumps(marks))
+
+
+def follow_live(seen: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """When how many bytes were live, of what was made or (below zero) freed at which address.
+
+    gloo's threads free what was made in another, unseen: where an address is given out anew, what was there is gone.
+    """
+    held: dict[int, int] = {}
+    points, live = [], 0
+    for time_ns, address, size in seen:
+        live -= held.pop(address, 0)
+        if size > 0:
+            held[address] = size
+            live += size
+        points.append((time_ns, live))
+    return points
 
 
 def read_live(run_dir: Path, ranks: int) -> dict[str, int]:
