@@ -244,7 +244,7 @@ def print_status(job: Job, progress: dict[str, Any], stream: TextIO) -> None:
         ("state", job.state.lower() + (f", {progress['doing']}" if progress["doing"] and not job.is_over else "")),
         ("steps", steps + (f", loss {format_loss(progress['loss'])}" if progress["step"] else "")),
         ("committed", "nothing yet" if progress["committed"] is None else f"step {progress['committed']}"),
-        ("restarts", str(progress["restarts"])),
+        ("restarts", str(progress["restarts"]) + (f", the last took {progress['recovery_s']:.1f} s" if progress["recovery_s"] else "")),
         ("started", f"{_format_time(job.started)}, {_format_span(job)} ago" if not job.is_over else f"{_format_time(job.started)}, took {_format_span(job)}"),
         ("folder", progress["folder"]),
         ("ended with", progress["ended_with"]),

@@ -103,14 +103,15 @@ def start_workers(
 
 
 def start_spares(ray: Any, plan: Plan, seats: list[dict[str, Any]], secrets: dict[str, str], group: Group) -> list[Any]:
-    """A second actor a rank, on the same node and devices, that has imported what training needs and waits.
+    """A second actor a rank, on the same node and devices, that imports what rank 0 has come to need and waits.
 
     It takes none of Ray's resources and, until it trains, no memory of a device.
     """
     actor = ray.remote(**{**worker_options(plan), "num_cpus": 0, "num_gpus": 0})(Worker)
     spares = [actor.options(**seat).remote(rank, secrets) for rank, seat in enumerate(seats)]
+    modules = group.workers[0].list_modules.options(concurrency_group="control").remote()  # goes from there to the spares: not waited for
     for spare, place in zip(spares, group.places, strict=True):
-        spare.warm_up.remote(plan, place.devices)
+        spare.warm_up.remote(plan, place.devices, modules)
     return spares
 
 

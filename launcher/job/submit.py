@@ -267,13 +267,15 @@ def find_result(events: list[Event]) -> Event | None:
 
 
 def load_progress(client: JobSubmissionClient, job: Job) -> dict[str, Any]:
-    """How far a run is, from what its driver said: step, loss, newest commit, restarts, phase, how it ended."""
+    """How far a run is, from what its driver said: step, loss, newest commit, restarts and how long the last took, phase, how it ended."""
     progress: dict[str, Any] = {
         "step": 0,
         "total_steps": None,
         "loss": None,
         "committed": None,
         "restarts": 0,
+        "recovery_s": None,
+        "recovery_stages_s": {},
         "doing": "",
         "ended_with": "",
     }
@@ -291,6 +293,8 @@ def load_progress(client: JobSubmissionClient, job: Job) -> dict[str, Any]:
             progress["committed"] = event["step"]
         elif kind == "restart":
             progress["restarts"] += 1
+        elif kind == "recovered":
+            progress |= {"recovery_s": event["recovery_s"], "recovery_stages_s": event["stages_s"]}
         elif kind == "result" and event["exit_code"]:
             progress["ended_with"] = event["message"]
     return progress

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -88,12 +89,22 @@ class Worker:
         host, port = self.listener.getsockname()[:2]
         return host, port
 
-    def warm_up(self, plan: Plan, devices: str | None) -> None:
-        """Import what training needs, so that a later `train` begins at once, on these GPUs: those of the worker it stands by for."""
+    def list_modules(self) -> list[str]:
+        """What this process has imported, in order: once it trains, all that training needs, which depends on model and method."""
+        return list(sys.modules)
+
+    def warm_up(self, plan: Plan, devices: str | None, modules: list[str]) -> None:
+        """Import what a worker that trains has imported, so that a later `train` begins at once, on these GPUs: those of the
+        worker it stands by for.
+        """
         if devices is not None:
             os.environ[VISIBLE] = devices
         os.environ |= {"OMP_NUM_THREADS": str(plan.layout.threads_per_worker), "DS_ACCELERATOR": plan.layout.accelerator}
         importlib.import_module(TRAINING_SIDE)
+        for name in modules:
+            if name not in sys.modules:
+                with suppress(ImportError):  # what a library made up as it ran is in no file
+                    importlib.import_module(name)
 
     def train(self, plan: Plan, address: tuple[str, int], hosts: tuple[str, ...]) -> None:
         """Run this rank to its end; `hosts` has the host of every rank. Raises LauncherError; all else is a defect, and in the log."""
