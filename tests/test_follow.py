@@ -125,5 +125,5 @@ def test_progress_is_what_the_driver_said() -> None:
     client: Any = Jobs(lines_of(*events), cuts=[1])
     progress = load_progress(client, find_job(client, "tiny"))
     assert progress == {"folder": "/mnt/runs/tiny-2", "step": 3, "total_steps": 5, "loss": STEPS[2]["loss"], "committed": 2, "restarts": 1,
-                        "doing": "starting workers", "ended_with": ""}  # fmt: skip
+                        "recovery_s": None, "recovery_stages_s": {}, "doing": "starting workers", "ended_with": ""}  # fmt: skip
     assert load_end(client, find_job(client, "tiny")) is None
