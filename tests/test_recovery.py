@@ -53,17 +53,19 @@ def test_status_tells_how_long_the_last_took() -> None:
     assert (progress["restarts"], progress["recovery_s"], progress["recovery_stages_s"]) == (1, 9.0, {"noticing": 9.0})
 
 
-def test_a_spare_has_what_the_worker_had_and_leaves_what_was_made_up() -> None:
-    code = """
+WARMED = """
 import sys
-from launcher.job.worker import Worker
-worker = Worker(0, {})
-import launcher.job.worker as module
-module.TRAINING_SIDE = "wave"
 from types import SimpleNamespace as plan
-asked = plan(layout=plan(threads_per_worker=1, accelerator="cpu"))
-worker.warm_up(asked, None, ["json", "colorsys", "made.up.as.it.ran"])
+from launcher.job import worker as module
+from launcher.job.worker import Place, Worker
+module.TRAINING_SIDE = "wave"
+worker = Worker(0, {})
+worker.locate = lambda: Place("id", "here", "127.0.0.1", 1, None)
+worker.warm_up(plan(layout=plan(threads_per_worker=1, accelerator="cpu")), None, ["json", "colorsys", "made.up.as.it.ran"])
 print("colorsys" in worker.list_modules(), "wave" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+
+
+def test_a_spare_has_imported_what_the_worker_had_and_leaves_what_was_made_up() -> None:
+    done = subprocess.run([sys.executable, "-c", WARMED], capture_output=True, text=True, check=False, timeout=60)
     assert done.stdout.split() == ["True", "True"], done.stderr

@@ -151,7 +151,6 @@ class Supervisor:
         self.held: set[str] = set()
         self.leaving = ""
         self.looked_at = self.roomy_since = 0.0
-        self.alive_at = time.monotonic()
         self.recovery: Recovery | None = None
 
     def run(self) -> None:
@@ -159,7 +158,7 @@ class Supervisor:
         while not self._run_placed():
             self._say({"event": "phase", "name": "looking for nodes"})
 
-    def _after(self, failure: Failure) -> None:
+    def _after(self, failure: Failure, alive_at: float) -> None:
         """Return to try again; raises what the run ends with."""
         if isinstance(failure.error, Stopped) or self.wish.asked_at is not None:
             if self.wish.asked_at is not None:
@@ -170,7 +169,7 @@ class Supervisor:
         decision = decide(self.failures)
         if isinstance(decision, GiveUp):
             raise decision.error
-        self.recovery = self.recovery or Recovery(self.alive_at, failure.step)
+        self.recovery = self.recovery or Recovery(alive_at, failure.step)
         self._say({"event": "restart", "text": decision.why, "step": failure.step, "committed": failure.committed})
         deadline = time.monotonic() + decision.pause_s
         while time.monotonic() < deadline:
@@ -192,7 +191,7 @@ class Supervisor:
                         self._run_group(plan, seats)
                         return True
                     except GroupFailed as failed:
-                        self._after(dataclasses.replace(failed.failure, committed=self.committed))
+                        self._after(dataclasses.replace(failed.failure, committed=self.committed), failed.alive_at)
                         if self.leaving or not self._nodes_are_there():
                             return False
             finally:
@@ -249,7 +248,6 @@ class Supervisor:
             self.speaker.say(recovered)
 
     def _show(self, event: Event) -> None:
-        self.alive_at = time.monotonic()
         if event["event"] == "checkpoint":
             self.committed = max(self.committed, int(event["step"]))
         self._say(event)

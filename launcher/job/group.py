@@ -29,11 +29,11 @@ NODE_GONE = ("node died", "node is dead", "node has been", "node was", "drained"
 
 
 class GroupFailed(Exception):
-    """A worker group ended before its work was done."""
+    """A worker group ended before its work was done. `alive_at` (s, monotonic) is when it last gave a sign of life."""
 
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: Failure, alive_at: float | None = None) -> None:
         super().__init__(failure)
-        self.failure = failure
+        self.failure, self.alive_at = failure, time.monotonic() if alive_at is None else alive_at
 
 
 @dataclass
@@ -152,9 +152,10 @@ def run_group(ray: Any, group: Group, plan: Plan, show: Callable[[Event], None],
         watch(group)
         failures = [failure for ref in done if (failure := _failure_of(ray, ref, running.pop(ref), group))]
         if failures:
+            alive_at = group.moved_at
             failures = _fellow_failures(ray, running, group, failures)
             _hear_rest(ray, group, asked, show, hear, within_s=1.0)
-            raise GroupFailed(find_cause(failures))
+            raise GroupFailed(find_cause(failures), alive_at)
         _check_moving(group, plan, asked)
     _hear_rest(ray, group, asked, show, hear, within_s=10.0)
 
@@ -221,11 +222,9 @@ def _check_moving(group: Group, plan: Plan, asked: dict[Any, tuple[int, float]])
         f"no progress for {limit_s:.0f} s after step {group.step}: {what}",
         "where each rank was is in the run's logs/; ray.stall_timeout_s in the cluster file sets the patience",
     )
-    raise GroupFailed(
-        Failure(
-            error=error, kind="hung", rank=silent[0] if silent else None, host=group.hosts[silent[0]] if silent else "", step=group.step
-        )
-    )
+    first = silent[0] if silent else None
+    host = "" if first is None else group.hosts[first]
+    raise GroupFailed(Failure(error=error, kind="hung", rank=first, host=host, step=group.step), group.moved_at)
 
 
 def _failure_of(ray: Any, ref: Any, rank: int, group: Group) -> Failure | None:

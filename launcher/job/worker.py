@@ -105,6 +105,9 @@ class Worker:
             if name not in sys.modules:
                 with suppress(ImportError):  # what a library made up as it ran is in no file
                     importlib.import_module(name)
+        # torch asks for the name of the first address that it connects to, for its messages. Where no DNS answers this takes 10 s,
+        # once a process (pytorch#159007, torch 2.13): here and now, when nobody waits for it.
+        serve_store(socket.create_server((self.locate().address, 0)), world_size=1)
 
     def train(self, plan: Plan, address: tuple[str, int], hosts: tuple[str, ...]) -> None:
         """Run this rank to its end; `hosts` has the host of every rank. Raises LauncherError; all else is a defect, and in the log."""
@@ -170,19 +173,10 @@ class Worker:
 
     def _open_store(self, plan: Plan, address: tuple[str, int]) -> Any:
         """The group's key-value store: rank 0 serves it on the socket it reserved."""
+        if self.listener is not None:
+            return serve_store(self.listener, plan.layout.world_size)
         dist: Any = importlib.import_module("torch.distributed")
-        host, port = address
-        if self.listener is None:
-            return dist.TCPStore(host, port, plan.layout.world_size, is_master=False, timeout=STORE_TIMEOUT)
-        return dist.TCPStore(
-            host,
-            port,
-            plan.layout.world_size,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=STORE_TIMEOUT,
-            master_listen_fd=self.listener.detach(),
-        )
+        return dist.TCPStore(*address, plan.layout.world_size, is_master=False, timeout=STORE_TIMEOUT)
 
     def _set_environment(self, plan: Plan, address: tuple[str, int]) -> None:
         """What libraries read from the environment, before they are imported."""
@@ -201,6 +195,15 @@ class Worker:
             "TOKENIZERS_PARALLELISM": "true" if local_rank == 0 else "false",
             "DS_ACCELERATOR": plan.layout.accelerator,
         }
+
+
+def serve_store(listener: socket.socket, world_size: int) -> Any:
+    """A group's key-value store, served on a socket that is bound already, and to one address."""
+    dist: Any = importlib.import_module("torch.distributed")
+    host, port = listener.getsockname()[:2]
+    return dist.TCPStore(
+        host, port, world_size, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT, master_listen_fd=listener.detach()
+    )
 
 
 def describe_rank(host: str, secrets: dict[str, str]) -> str:
