@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ START_TIMEOUT_S = 120.0
 POLL_S = 0.25
 FELLOW_ERRORS_S = 3.0
 """After the first rank fails, how long the others may still say why: the cause often speaks second."""
+SPARES_ANSWER_S = 3.0
 OTHERS_EVERY_S = 1.0
 SILENT_S = 5.0
 """A worker that does not answer for so long, when the group has stalled, is the one that hangs."""
@@ -75,12 +76,13 @@ def start_workers(
     spares: Sequence[Any] = (),
     still_there: Callable[[], bool] = lambda: True,
 ) -> Group:
-    """An actor a rank; `seats` holds Ray's options that say where each goes. `spares`, if there are any, take over instead.
+    """An actor a rank; `seats` holds Ray's options that say where each goes. Of `spares`, those that live take over instead.
 
     Raises GroupFailed where one is lost, or `still_there` says that its node is; ClusterError where one does not start.
     """
     actor = ray.remote(**worker_options(plan))(Worker)
-    workers = list(spares) or [actor.options(**seat).remote(rank, secrets) for rank, seat in enumerate(seats)]
+    living = _find_living(ray, spares)
+    workers = [living.get(rank) or actor.options(**seat).remote(rank, secrets) for rank, seat in enumerate(seats)]
     group, deadline = Group(workers, []), time.monotonic() + START_TIMEOUT_S
     waiting = asked = [worker.locate.remote() for worker in workers]
     try:
@@ -100,6 +102,19 @@ def start_workers(
     except BaseException:
         end_workers(ray, workers)
         raise
+
+
+def _find_living(ray: Any, spares: Sequence[Any]) -> dict[int, Any]:
+    """The spares, by rank, that what ended the group has left; one that does not answer, as on a host that hangs, is ended."""
+    asked = {spare.locate.options(concurrency_group="control").remote(): rank for rank, spare in enumerate(spares)}
+    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=SPARES_ANSWER_S) if asked else ([], [])
+    living = {}
+    for ref in ready:
+        with suppress(ray.exceptions.RayError):
+            ray.get(ref)
+            living[asked[ref]] = spares[asked[ref]]
+    end_workers(ray, [spare for rank, spare in enumerate(spares) if rank not in living])
+    return living
 
 
 def start_spares(ray: Any, plan: Plan, seats: list[dict[str, Any]], secrets: dict[str, str], group: Group) -> list[Any]:
