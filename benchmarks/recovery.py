@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/cluster"), str(ROOT)]
 
 from commands import Attached, environment, events_of, lepton, run_folder, wait_until, write_recipe  # noqa: E402
-from hosts import STORAGE, Host  # noqa: E402
+from hosts import STORAGE, Host, has_open  # noqa: E402
 from rayhosts import RayHosts, open_cluster  # noqa: E402
 from tiny import write_conversations, write_model  # noqa: E402
 
@@ -54,10 +54,6 @@ def kill_workers(host: Host, pattern: str) -> None:
     assert pids, f"no {pattern} on {host.name}"
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-
-
-def has_open(pid: int, part: str) -> bool:
-    return any(part in os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink())
 
 
 def kill_a_worker(hosts: RayHosts, pattern: str) -> None:

@@ -34,6 +34,12 @@ def why_not() -> str:
     return "" if tried.returncode == 0 else f"no namespaces are allowed here: {tried.stderr.strip()}"
 
 
+def has_open(pid: int, part: str) -> bool:
+    """Whether a process has a file open whose path holds `part`."""
+    links = [link for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+    return any(part in os.readlink(link) for link in links)
+
+
 @dataclass
 class Host:
     """One machine: its first process's pid as this machine sees it, its name, address and files."""
