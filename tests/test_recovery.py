@@ -67,5 +67,5 @@ print("colorsys" in worker.list_modules(), "wave" in sys.modules)
 
 
 def test_a_spare_has_imported_what_the_worker_had_and_leaves_what_was_made_up() -> None:
-    done = subprocess.run([sys.executable, "-c", WARMED], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", WARMED], capture_output=True, text=True, check=False, timeout=240)
     assert done.stdout.split() == ["True", "True"], done.stderr

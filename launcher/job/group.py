@@ -274,7 +274,7 @@ def _name_ray_error(error: Any, where: str) -> tuple[LauncherError, Kind]:
         if any(sign in reason for sign in NODE_GONE):
             return TrainingError(f"{where} was lost with its node", "see that the node is up and `ray start` runs on it"), "node lost"
         remedy = "see the end of its file in the run's logs/; a kill by the kernel (out of memory) leaves no trace there"
-        return TrainingError(f"the process of {where} died: {_first_line(cause)}", remedy), "worker died"
+        return TrainingError(f"the process of {where} died", remedy), "worker died"
     if isinstance(cause, exceptions.RayError):
         return ClusterError(f"{where}: {_first_line(cause)}", "Ray's dashboard and its logs on that node say more"), "node lost"
     return TrainingError(f"{where}: {cause!r}", "the traceback is in the run's logs/"), "error"

@@ -17,7 +17,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ClusterError
+from launcher.errors import ClusterError, Stopped
 from launcher.job.lines import is_noise, split_lines
 from launcher.job.preflight import NodeReport, make_report
 from launcher.plan import Plan
@@ -121,6 +121,8 @@ class Worker:
             check_in(store, self.rank, hosts)
             me = side.Rank(rank=self.rank, local_rank=local_rank, world_size=plan.layout.world_size, store=store, hosts=hosts)
             side.run_rank(plan, me, show=self.events.append, stop_asked=self.stop.is_set)
+        except Stopped:
+            raise  # as it was asked to: no fault to look into
         except BaseException:
             traceback.print_exc()
             raise

@@ -145,7 +145,8 @@ class Network:
         name, files = f"node{number}", self.files / f"node{number}"
         for folder in ("tmp", "home"):
             (files / folder).mkdir(parents=True, exist_ok=True)
-        others = "".join(f"{self.prefix}.{other} node{other}.lan\n" for other in range(1, 9)) if self.names else ""
+        addresses = [f"{self.prefix}.{other} node{other}.lan\n" for other in range(1, 9)] if self.names else []
+        others = "".join(line for address in addresses for line in (address, f"::ffff:{address}"))  # torch asks in IPv6's clothes
         (files / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{others}")
         own = [
             "mount --make-rprivate /",
