@@ -160,7 +160,7 @@ def is_possible(settled: Recipe, recipe: Recipe, shape: ModelShape, cluster: Clu
         return False
     if settled.memory.gradient_checkpointing == "offload" and not gpu:
         return False
-    if settled.parallel.zero_stage == 3 and not gpu and not trains_sharded_on_cpu(settled):
+    if settled.parallel.zero_stage == 3 != recipe.parallel.zero_stage and not gpu and not trains_sharded_on_cpu(settled):
         return False
     return not any(True for _ in find_conflicts(settled))
 
