@@ -101,6 +101,5 @@ def test_a_model_is_sharded_as_it_loads(method: dict[str, Any], tiny: Path, tmp_
     load = phases_of(plan)["load"]
     # Adapters are whole until the engine shards them.
     adapters = next(part.bytes for part in load.components if part.name == "adapters")
-    last = 2 * 192 * 96 if method.get("init") == "pissa" else 0  # the weight that was gathered last is still referred to
-    assert tensors(load, "gathered parameters", "step workspace") + adapters + last == pytest.approx(found["after"]["load"], rel=0.05)
+    assert tensors(load, "gathered parameters", "step workspace") + adapters == pytest.approx(found["after"]["load"], rel=0.05)
     assert steady(plan) == pytest.approx(found["after"]["step 2"], rel=0.02)

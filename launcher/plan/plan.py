@@ -137,7 +137,14 @@ def checkpoints_url(recipe: Recipe, run_dir: str) -> str:
 
 
 def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, tracer: Tracer | None = None, trace: bool = False) -> Plan:
-    """Decide everything. Reads the model's configuration, nothing else. Raises RecipeError or ModelError.
+    """Decide everything. Reads the model's configuration, nothing else. Raises RecipeError or ModelError."""
+    return make_explained_plan(recipe, cluster, base_dir=base_dir, run_dir=run_dir, tracer=tracer, trace=trace)[0]
+
+
+def make_explained_plan(
+    recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, tracer: Tracer | None = None, trace: bool = False
+) -> tuple[Plan, Choice]:
+    """The plan, and what was looked at where the recipe says auto.
 
     `tracer` runs a model that the plan has no arithmetic for on the meta device, and with `trace` any model (it takes torch, and
     seconds); without one the activations of such a model are guessed.
@@ -166,7 +173,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, 
     notes += list_oddities(shape, recipe, layout)
     traced = tracer if trace or not has_closed_form(shape) else None
     memory = choice.taken.memory if traced is None else None
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         cluster=cluster,
         shape=shape,
@@ -180,6 +187,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, 
         base_dir=base_dir,
         notes=tuple(notes),
     )
+    return plan, choice
 
 
 def make_choice(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Choice:
