@@ -112,7 +112,7 @@ def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
         # The last position predicts nothing. Which others carry no loss is in the data, so all are counted.
         loss_columns=(batch.micro_batch_size * batch.seq_len if flat else batch.seq_len) - 1,
         # Padding is a sequence of its own (train/data.py), and needs the mask that packs do.
-        packed=recipe.data.packing or batch.micro_batch_size > 1,
+        packed=bool(recipe.data.packing) or batch.micro_batch_size > 1,
         fused=layout.liger_kernel and shape.model_type in FUSED,
     )
 
