@@ -139,17 +139,18 @@ def predict_memory(
     expandable_segments: bool = False,
     tracer: Tracer | None = None,
     work: Workload | None = None,
+    states: States | None = None,
 ) -> MemoryPlan:
     """What the run needs, phase by phase. `deepspeed` is its configuration; `budget` is the device's memory unless told.
 
     With `replay` the allocator is simulated and every layer computed; without, its slack is a share and a deep model's layers are
     extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step, where there is one.
-    `work` is what a rank computes, where it is not what this launcher's loop would.
+    `work` is what a rank computes, and `states` what it holds, where they are not this launcher's loop's and DeepSpeed's.
     """
     overheads = overheads or choose_overheads(cluster.device_name)
     work, sharding = work or make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     counts = count_states(work)
-    states = make_states(
+    states = states or make_states(
         counts, sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
         micro_steps=batch.gradient_accumulation_steps,
     )  # fmt: skip

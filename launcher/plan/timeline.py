@@ -65,16 +65,18 @@ def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, m
     story.next_key += len(computed) + 1
     for iteration in range(ITERATIONS):
         held = story.begin("forward", states.gradients) if sharding.stage != 3 else 0
+        resident = states.gradients if held else 0
         gathered = story.begin("forward", whole)
         story.events += computed  # all that begins in it ends in it, so that its keys may come again
         story.end("reduce", gathered, whole)
-        left = story.begin("reduce", states.part_bytes) if keeps else 0
+        if keeps and not (held and sharding.stage == 0):  # stage 0's gradients stay where they are
+            story.end("reduce", held, resident)
+            held, resident = story.begin("reduce", states.part_bytes), states.part_bytes
         story.passing("reduce", states.reduce_copy)
         if iteration == 0:
             story.begin("optimizer step", states.optimizer)
-        story.passing("optimizer step", states.step_peak)
-        story.end("optimizer step", left, states.part_bytes)
-        story.end("optimizer step", held, states.gradients)
+        story.passing("optimizer step", max(0, states.step_peak - resident))  # the gradients are in that peak
+        story.end("optimizer step", held, resident)
     return story
 
 
