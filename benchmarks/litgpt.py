@@ -53,7 +53,7 @@ MODELS = {
     "meta-llama/Llama-2-7b-hf": Geometry(layers=32, width=4096, heads=32, inner=11008, words=32000),
     "meta-llama/Meta-Llama-3-8B": Geometry(layers=32, width=4096, heads=32, groups=8, inner=14336, words=128256),
     "mistralai/Mistral-7B-v0.1": Geometry(layers=32, width=4096, heads=32, groups=8, inner=14336, words=32000),
-    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": Geometry(layers=22, width=2048, heads=32, groups=4, inner=5632, words=32000),
+    "TinyLlama/TinyLlama-1.1B": Geometry(layers=22, width=2048, heads=32, groups=4, inner=5632, words=32000),
     "microsoft/phi-2": Geometry(layers=32, width=2560, heads=32, inner=10240, words=51200, rotary=0.4, shared_norm=True, **NEOX),
     "meta-llama/Llama-3.2-1B": Geometry(layers=16, width=2048, heads=32, groups=8, inner=8192, words=128256),
     "meta-llama/Llama-3.2-3B": Geometry(layers=28, width=3072, heads=24, groups=8, inner=8192, words=128256),
@@ -71,21 +71,59 @@ class Training:
     r: int
     bits: int
     double_quant: bool
+    everywhere: bool = False
+    """Adapters beside every linear layer, the head too; else of queries and values alone."""
+    repeated: bool = False
+    """Whether the micro-step before was as long: its loss and logits live until the next ones are there, and with the loss its graph."""
 
     @property
     def tokens(self) -> int:
         return self.rows * self.columns
 
 
+def read(row: dict[str, Any]) -> Training:
+    """A reading's configuration. Of the recipes in config_hub, those for small models have adapters everywhere (their files in config_hub/finetune)."""
+    quant, small = str(row["quant"] or ""), next((r for name, r in EVERYWHERE.items() if name in row["id"]), None)
+    return Training(
+        model=MODELS[row["model"]], rows=row["micro_batch"], columns=row["seq_len"], r=small or row["lora"]["r"], bits=4 if quant else 16,
+        double_quant=quant.endswith("dq"), everywhere=small is not None, repeated="max_seq_length" in str(row["seq_semantics"]),
+    )  # fmt: skip
+
+
+EVERYWHERE = {"hub-phi-2": 8, "hub-tiny-llama": 32}
+"""Their adapters' rank."""
+
+
 def predict(run: Training) -> float:
     """torch.cuda.max_memory_allocated after training."""
     tape = Tape()
-    loss = _forward(tape, run)
+    before = _left_of_the_last(tape, run) if run.repeated else None
+    logits = _forward(tape, run)
+    if before is not None:
+        before[0] = None
     tape.enter("loss")
-    kept, loss = _chunked_cross_entropy(tape, run, loss)
+    kept, loss = _chunked_cross_entropy(tape, run, logits)
+    del before
     backward(tape, loss)
     del kept, loss
-    return float(_weights(run) + max(top for top, _ in tape.peaks.values()) + 2 * HANDLE)
+    return float(_weights(run) + _trained(run) + max(top for top, _ in tape.peaks.values()) + 2 * HANDLE)
+
+
+def _left_of_the_last(tape: Tape, run: Training) -> list[Storage | None]:
+    """The logits of the micro-step before, and what hangs on the contexts of its graph: the inputs of 4-bit products, which no backward lets go of."""
+    m = run.model
+    inputs = m.layers * (m.width * (1 if m.shared_norm else 2) + m.heads * m.head + m.inner) + m.width
+    return [tape.make(4 * run.tokens * m.words), tape.make(2 * run.tokens * inputs if run.bits == 4 else 0)]
+
+
+def _trained(run: Training) -> int:
+    """Adapters and their two moments, in bf16; gradients are the tape's."""
+    m = run.model
+    qkv = (m.heads + 2 * m.key_heads) * m.head
+    if not run.everywhere:
+        return 6 * m.layers * run.r * (2 * m.width + (m.heads + m.key_heads) * m.head)
+    mlp = (3 if m.gated else 2) * (m.width + m.inner)
+    return 6 * run.r * (m.layers * (3 * m.width + qkv + m.heads * m.head + m.width + mlp) + m.width + m.words)
 
 
 def _weights(run: Training) -> int:
@@ -101,7 +139,15 @@ def _weights(run: Training) -> int:
 
 
 def _linear(tape: Tape, run: Training, x: Tensor, n_in: int, n_out: int) -> Tensor:
-    """A frozen linear layer."""
+    """LoRALinear, or a frozen linear layer."""
+    pretrained = _frozen(tape, run, x, n_in, n_out)
+    if not run.everywhere:
+        return pretrained
+    down, up = Parameter(n_in * run.r, 2, trained=True), Parameter(n_out * run.r, 2, trained=True)
+    return add(tape, pretrained, scale(tape, matmul(tape, matmul(tape, dropout(tape, x, DROPOUT), down, n_in), up, run.r)))
+
+
+def _frozen(tape: Tape, run: Training, x: Tensor, n_in: int, n_out: int) -> Tensor:
     return _old_4bit(tape, x, n_in, n_out, run.double_quant) if run.bits == 4 else matmul(tape, x, Parameter(n_in * n_out, 2, trained=False), n_in)
 
 
@@ -142,14 +188,14 @@ def _norm(tape: Tape, run: Training, x: Tensor) -> Tensor:
 
 
 def _lora_qkv(tape: Tape, run: Training, x: Tensor) -> Tensor:
-    """LoRAQKVLinear: adapters of queries and values, whose product is put into zeros beside the keys' place."""
+    """LoRAQKVLinear: without an adapter of the keys, the product of the others' is put into zeros beside the keys' place."""
     m = run.model
     whole = (m.heads + 2 * m.key_heads) * m.head
-    adapted = (m.heads + m.key_heads) * m.head
-    pretrained = _linear(tape, run, x, m.width, whole)
-    after_a = matmul(tape, dropout(tape, x, DROPOUT), Parameter(m.width * 2 * run.r, 2, trained=True), m.width)
-    padded = _pad(tape, _convolve(tape, run, after_a, adapted), run.tokens * whole)
-    return add(tape, pretrained, scale(tape, padded))
+    adapted = whole if run.everywhere else (m.heads + m.key_heads) * m.head
+    pretrained = _frozen(tape, run, x, m.width, whole)
+    after_a = matmul(tape, dropout(tape, x, DROPOUT), Parameter(m.width * (3 if run.everywhere else 2) * run.r, 2, trained=True), m.width)
+    made = _convolve(tape, run, after_a, adapted)
+    return add(tape, pretrained, scale(tape, made if run.everywhere else _pad(tape, made, run.tokens * whole)))
 
 
 def _convolve(tape: Tape, run: Training, x: Tensor, adapted: int) -> Tensor:

@@ -99,13 +99,10 @@ def why_not(row: Row) -> str | None:
 
 
 def _why_not_litgpt(row: Row) -> str | None:
-    """The table of LitGPT's recipes (config_hub) has adapters in places that the reading says for some models only."""
     if row["method"] == "full":
         return "3: LitGPT's full fine-tuning, whose optimizer the reading does not tell"
     if row["n_gpus"] > 1:
         return "3: LitGPT shards by FSDP, whose buffers and gathering are others"
-    if "config_hub" in row["source"] and not any(name in row["id"] for name in ("llama-2-7b", "llama-3-8b", "llama-3.2")):
-        return "2: where the adapters are, is said for Llama 2, 3 and 3.2 alone"
     return None if row["model"] in litgpt.MODELS else "5: a model whose geometry the launcher does not ship"
 
 
@@ -114,9 +111,7 @@ def predict(row: Row) -> float:
     if is_component(row):
         return COMPONENTS[row["model"].removeprefix("component:")](json.loads(row["notes"]), row["framework"])
     if is_litgpt(row):
-        quant = str(row["quant"] or "")
-        return litgpt.predict(litgpt.Training(model=litgpt.MODELS[row["model"]], rows=row["micro_batch"], columns=row["seq_len"], r=row["lora"]["r"],
-                                              bits=4 if quant else 16, double_quant=quant.endswith("dq")))  # fmt: skip
+        return litgpt.predict(litgpt.read(row))
     return _predict_example(row) if row["source"] == "DeepSpeedExamples" else published.predict(row, str(figure_of(row)))
 
 
