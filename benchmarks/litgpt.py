@@ -35,7 +35,8 @@ class Geometry:
     parallel: bool = False
     shared_norm: bool = False
     bias: bool = False
-    tied: bool = False
+    layer_norm: bool = False
+    """LayerNorm in place of RMSNorm."""
 
     @property
     def key_heads(self) -> int:
@@ -46,7 +47,7 @@ class Geometry:
         return self.head_width or self.width // self.heads
 
 
-NEOX: dict[str, Any] = {"gated": False, "parallel": True, "bias": True}
+NEOX: dict[str, Any] = {"gated": False, "parallel": True, "bias": True, "layer_norm": True}
 MODELS = {
     "microsoft/phi-1_5": Geometry(layers=24, width=2048, heads=32, inner=8192, words=51200, rotary=0.5, shared_norm=True, **NEOX),
     "stabilityai/stablelm-base-alpha-3b": Geometry(layers=16, width=4096, heads=32, inner=16384, words=50688, rotary=0.25, **NEOX),
@@ -54,6 +55,11 @@ MODELS = {
     "meta-llama/Meta-Llama-3-8B": Geometry(layers=32, width=4096, heads=32, groups=8, inner=14336, words=128256),
     "mistralai/Mistral-7B-v0.1": Geometry(layers=32, width=4096, heads=32, groups=8, inner=14336, words=32000),
     "TinyLlama/TinyLlama-1.1B": Geometry(layers=22, width=2048, heads=32, groups=4, inner=5632, words=32000),
+    "microsoft/Phi-3-mini-4k-instruct": Geometry(layers=32, width=3072, heads=32, inner=8192, words=32064),
+    "google/gemma-7b": Geometry(layers=28, width=3072, heads=16, head_width=256, inner=24576, words=256000),
+    "google/gemma-2b": Geometry(layers=18, width=2048, heads=8, groups=1, head_width=256, inner=16384, words=256000),
+    "tiiuae/falcon-7b": Geometry(layers=32, width=4544, heads=71, groups=1, inner=18176, words=65024, shared_norm=True,
+                                 **{**NEOX, "bias": False}),
     "microsoft/phi-2": Geometry(layers=32, width=2560, heads=32, inner=10240, words=51200, rotary=0.4, shared_norm=True, **NEOX),
     "meta-llama/Llama-3.2-1B": Geometry(layers=16, width=2048, heads=32, groups=8, inner=8192, words=128256),
     "meta-llama/Llama-3.2-3B": Geometry(layers=28, width=3072, heads=24, groups=8, inner=8192, words=128256),
@@ -90,7 +96,7 @@ def read(row: dict[str, Any]) -> Training:
     )  # fmt: skip
 
 
-EVERYWHERE = {"hub-phi-2": 8, "hub-tiny-llama": 32}
+EVERYWHERE = {"hub-phi-2": 8, "hub-phi-3": 8, "hub-tiny-llama": 32, "hub-gemma-7b": 16, "hub-gemma-2b": 8}
 """Their adapters' rank."""
 
 
@@ -179,7 +185,7 @@ def _old_4bit(tape: Tape, x: Tensor, n_in: int, n_out: int, double_quant: bool) 
 
 def _norm(tape: Tape, run: Training, x: Tensor) -> Tensor:
     m = run.model
-    if m.bias:
+    if m.layer_norm:
         return layer_norm(tape, x, Parameter(m.width, 2, trained=False), Parameter(m.width, 2, trained=False))
     wide = cast(tape, x, FP32)
     average = mean(tape, mul(tape, wide, wide), wide.count // m.width)
