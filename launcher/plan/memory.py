@@ -154,6 +154,8 @@ def predict_memory(
         counts, sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
         micro_steps=batch.gradient_accumulation_steps,
     )  # fmt: skip
+    limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
+    states = _flatten_where_there_is_room(states, limit, on_device=work.device == "cuda" and sharding.stage in (1, 2))
     profile, acting, notes = _choose_profile(work, sharding.stage < 2, tracer)
     parts = Parts(work, acting, sharding, counts, states, batch.gradient_accumulation_steps)
     known = profile is not None or acting is work
@@ -166,7 +168,6 @@ def predict_memory(
         if replay and layout.accelerator == "cuda"
         else None
     )
-    limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
     slack = _make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
     finished = tuple(
         Phase(name=name, components=_finish(components, slack[name], work, overheads, sharding, name))
@@ -184,6 +185,12 @@ def predict_memory(
         host_budget=cluster.host_memory if cluster.host_memory > 1 else None,
         notes=tuple(notes),
     )
+
+
+def _flatten_where_there_is_room(states: States, limit: int, *, on_device: bool) -> States:
+    """DeepSpeed flattens a group of parameters on the device if the copy fits beside them, else in host memory (stage_1_and_2.py)."""
+    fits = states.weights + states.quant_state + states.adapters + states.start_peak <= limit
+    return states if fits or not on_device else replace(states, start_peak=states.start_least)
 
 
 def has_closed_form(shape: ModelShape) -> bool:
