@@ -12,7 +12,26 @@ from typing import Any
 
 from benchmarks.components import HANDLE
 from launcher.plan.attention import Heads, flash, repeat_kv
-from launcher.plan.operators import FP32, add, cast, copy, dropout, join, layer_norm, matmul, mean, mul, mul_table, negate, part, pointwise, rsqrt, scale, shift, split
+from launcher.plan.operators import (
+    FP32,
+    add,
+    cast,
+    copy,
+    dropout,
+    join,
+    layer_norm,
+    matmul,
+    mean,
+    mul,
+    mul_table,
+    negate,
+    part,
+    pointwise,
+    rsqrt,
+    scale,
+    shift,
+    split,
+)
 from launcher.plan.tape import Parameter, Storage, Tape, Tensor, backward
 
 CHUNK, DROPOUT = 128, 0.05
@@ -58,8 +77,9 @@ MODELS = {
     "microsoft/Phi-3-mini-4k-instruct": Geometry(layers=32, width=3072, heads=32, inner=8192, words=32064),
     "google/gemma-7b": Geometry(layers=28, width=3072, heads=16, head_width=256, inner=24576, words=256000),
     "google/gemma-2b": Geometry(layers=18, width=2048, heads=8, groups=1, head_width=256, inner=16384, words=256000),
-    "tiiuae/falcon-7b": Geometry(layers=32, width=4544, heads=71, groups=1, inner=18176, words=65024, shared_norm=True,
-                                 **{**NEOX, "bias": False}),
+    "tiiuae/falcon-7b": Geometry(
+        layers=32, width=4544, heads=71, groups=1, inner=18176, words=65024, shared_norm=True, **{**NEOX, "bias": False}
+    ),
     "microsoft/phi-2": Geometry(layers=32, width=2560, heads=32, inner=10240, words=51200, rotary=0.4, shared_norm=True, **NEOX),
     "meta-llama/Llama-3.2-1B": Geometry(layers=16, width=2048, heads=32, groups=8, inner=8192, words=128256),
     "meta-llama/Llama-3.2-3B": Geometry(layers=28, width=3072, heads=24, groups=8, inner=8192, words=128256),
@@ -137,7 +157,9 @@ def _weights(run: Training) -> int:
     qkv = (m.heads + 2 * m.key_heads) * m.head
     linear = m.layers * (m.width * (qkv + m.heads * m.head) + (3 if m.gated else 2) * m.width * m.inner) + m.words * m.width
     quantised = linear * (0.5 + (1 / 64 + 4 / (64 * 256) if run.double_quant else 4 / 64)) if run.bits == 4 else 2 * linear
-    others = m.words * m.width + m.layers * ((1 if m.shared_norm else 2) * m.width * (2 if m.bias else 1) + (qkv + 2 * m.width + m.inner if m.bias else 0))
+    others = m.words * m.width + m.layers * (
+        (1 if m.shared_norm else 2) * m.width * (2 if m.bias else 1) + (qkv + 2 * m.width + m.inner if m.bias else 0)
+    )
     return int(quantised + 2 * others)
 
 
@@ -154,7 +176,11 @@ def _linear(tape: Tape, run: Training, x: Tensor, n_in: int, n_out: int) -> Tens
 
 
 def _frozen(tape: Tape, run: Training, x: Tensor, n_in: int, n_out: int) -> Tensor:
-    return _old_4bit(tape, x, n_in, n_out, run.double_quant) if run.bits == 4 else matmul(tape, x, Parameter(n_in * n_out, 2, trained=False), n_in)
+    return (
+        _old_4bit(tape, x, n_in, n_out, run.double_quant)
+        if run.bits == 4
+        else matmul(tape, x, Parameter(n_in * n_out, 2, trained=False), n_in)
+    )
 
 
 def _old_4bit(tape: Tape, x: Tensor, n_in: int, n_out: int, double_quant: bool) -> Tensor:

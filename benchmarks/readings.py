@@ -34,7 +34,13 @@ from launcher.units import GIB, MIB
 
 READINGS = Path("../shared/data/measured_peaks.jsonl")
 UNITS = {"MiB": MIB, "GiB": GIB, "GB": 10**9, "GB (1e9)": 10**9}
-FIGURES = {"max_memory_allocated": "allocated", "memory_allocated": "allocated", "max allocated": "allocated", "reserved": "reserved", "nvidia-smi": "nvidia-smi"}
+FIGURES = {
+    "max_memory_allocated": "allocated",
+    "memory_allocated": "allocated",
+    "max allocated": "allocated",
+    "reserved": "reserved",
+    "nvidia-smi": "nvidia-smi",
+}
 Row = dict[str, Any]
 
 

@@ -23,7 +23,7 @@ from launcher.plan.products import predict_products
 from launcher.plan.profile import Peak, StepProfile, bound_step, profile_evaluation, profile_step
 from launcher.plan.shape import ModelShape
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
-from launcher.plan.timeline import Event, Story, tell_step
+from launcher.plan.timeline import Event, Story, flushes_in_backward, tell_step
 from launcher.plan.trainable import as_trained
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
@@ -292,7 +292,8 @@ def _make_phases(parts: Parts, profile: StepProfile, *, known: bool) -> dict[str
         ]
 
     # A second flush of the bucket in backward finds the rank's own part already there.
-    mine = states.part_bytes if sharding.stage == 2 and counts.trained > sharding.bucket else 0
+    flushes = flushes_in_backward(counts, sharding)
+    mine, copied = (states.part_bytes, states.reduce_copy) if flushes else (0, 0)
     # Gradients that still lie in their parameters when they are reduced, unless they are counted as held already.
     stays = not several and (sharding.stage == 0 or (sharding.stage == 1 and counts.trained > sharding.bucket))
     left = work.width * counts.trained if stays else 0
@@ -304,8 +305,9 @@ def _make_phases(parts: Parts, profile: StepProfile, *, known: bool) -> dict[str
                          part("step workspace", start, "source", 0.05)],
         "forward": [*held, *gradients, *early, *computing(profile.forward, gathered.forward)],
         "loss": [*held, *gradients, *early, *computing(profile.loss, gathered.loss)],
-        "backward": [*held, *gradients, *bucket, part("gradients", mine, "source"), *computing(profile.backward, gathered.backward)],
-        "reduce": [*held, *gradients, *bucket, part("gradients", left, "source"), part("step workspace", states.reduce_copy, "source", 0.05)],
+        "backward": [*held, *gradients, *bucket, part("gradients", mine, "source"), part("step workspace", copied, "source", 0.05),
+                     *computing(profile.backward, gathered.backward)],
+        "reduce": [*held, *gradients, *bucket, part("gradients", left + mine, "source"), part("step workspace", states.reduce_copy, "source", 0.05)],
         "optimizer step": [*held, *step_gradients, *always, part("step workspace", states.step_peak, "source", 0.05)],
         "evaluation": [*held, *always, *(gradients if sharding.stage == 3 else []),
                        *computing(profile.forward if profile.is_traced else profile_evaluation(parts.acting), max(gathered.forward, gathered.loss))],
