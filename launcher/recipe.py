@@ -138,8 +138,8 @@ class Data(Spec):
     """Hold out this share of the training set instead of naming a held-out set."""
     seq_len: PositiveInt = 1024
     """Length in tokens that examples are packed to, and the longest an example may be."""
-    packing: bool = True
-    """Put several examples into one sequence; none attends to another."""
+    packing: bool | Auto = "auto"
+    """Put several examples into one sequence; none attends to another. auto does so where the model's code keeps them apart."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Which tokens carry loss: those of the answers, or all."""
     too_long: Literal["error", "drop", "truncate"] = "error"

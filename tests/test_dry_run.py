@@ -21,10 +21,10 @@ from launcher import view_plan
 from launcher.errors import BudgetError
 from launcher.gallery import list_recipes
 from launcher.html_plan import draw_timeline, make_page
-from launcher.plan import make_plan
 from launcher.plan.budget import COMPONENTS, Component, Phase
 from launcher.plan.devices import find_device, make_cluster
 from launcher.plan.dry_run import DryRun, make_dry_run
+from launcher.plan.plan import make_explained_plan
 from launcher.recipe import Recipe
 from launcher.units import GIB
 
@@ -37,7 +37,8 @@ def dry_run_of(gpu: str = "a100-40gb", each: int = 4, *, explain: bool = False, 
     }
     recipe = Recipe.model_validate_json(json.dumps(base | sections))
     cluster = make_cluster(find_device(gpu), nodes=1, gpus_per_node=each)
-    return make_dry_run(recipe, make_plan(recipe, cluster, base_dir="/r", run_dir="/runs/p"), explain=explain)
+    plan, choice = make_explained_plan(recipe, cluster, base_dir="/r", run_dir="/runs/p")
+    return make_dry_run(plan, choice if explain else None)
 
 
 FITS: dict[str, Any] = {"gpu": "h200", "method": {"kind": "lora"}}

@@ -50,7 +50,7 @@ def run_on_cluster(
     recipe = recipe.model_copy(update={"output_dir": choose_storage(recipe, cluster)})
     plan = _try_plan(recipe, cluster, str(path.parent.resolve()))
     if plan and dry_run:
-        show_dry_run(recipe, plan, explain=False, html=None, as_json=as_json)
+        show_dry_run(plan, as_json=as_json)
         return
     if plan:
         print_plan(plan, told)

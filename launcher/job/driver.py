@@ -52,7 +52,7 @@ def main() -> None:
     order, secrets = load_order(Path.cwd()), load_secrets(Path.cwd())
     speaker, wish = Speaker(), StopWish(sys.argv[1])
     try:
-        plan, choice = _begin(order)
+        plan, choice = begin(order)
         speaker.say({"event": "plan", "plan": plan.to_dict()})
         if not order.dry_run:
             _run(plan, choice, secrets, speaker, wish)
@@ -66,11 +66,11 @@ def main() -> None:
     speaker.say(make_result(None))
 
 
-def _begin(order: Order) -> tuple[Plan, Choice]:
+def begin(order: Order) -> tuple[Plan, Choice]:
     """The plan, and the run folder it goes on in: the unfinished run's of that name, or a new one."""
     recipe = order.load_recipe()
     choice = choose_run(recipe, fresh=order.fresh or bool(order.resume))
-    plan = dataclasses.replace(order.make_plan(), recipe=recipe, run_dir=str(choice.path))
+    plan = dataclasses.replace(order.make_plan(), run_dir=str(choice.path))  # its recipe has no auto left
     return continue_plan(plan, choice, resume=order.resume or None, allow_changed=order.allow_changed), choice
 
 

@@ -15,19 +15,21 @@ from launcher.plan.allocator import replay as replay_allocator
 from launcher.plan.batch import BatchPlan
 from launcher.plan.budget import COMPONENTS, Component, FigureName, MemoryPlan, Phase, Provenance
 from launcher.plan.decoder import CLOSED_FORMS
+from launcher.plan.evaluating import Evaluation, profile_evaluating
 from launcher.plan.fused import FUSED
 from launcher.plan.gathering import Gathered, gather
 from launcher.plan.host import make_disk, make_host_phases, make_network
 from launcher.plan.layout import Layout
+from launcher.plan.merging import make_merge_phases
 from launcher.plan.products import predict_products
-from launcher.plan.profile import Peak, StepProfile, bound_step, profile_evaluation, profile_step
+from launcher.plan.profile import Peak, StepProfile, bound_step, profile_step
 from launcher.plan.shape import ModelShape
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
 from launcher.plan.timeline import Event, Story, flushes_in_backward, tell_step
 from launcher.plan.trainable import as_trained
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
-from launcher.units import DTYPE_BYTES, GIB, MIB, format_bytes
+from launcher.units import DTYPE_BYTES, GIB, MIB
 
 
 class Tracer(Protocol):
@@ -79,7 +81,9 @@ def method_facts(recipe: Recipe) -> MethodFacts:
     if isinstance(method, Freeze):
         return MethodFacts(trains="some", last_layers=method.last_layers, patterns=method.patterns)
     facts = MethodFacts(trains="adapters", r=method.r, target_modules=method.target_modules, dropout=method.dropout, dora=method.dora)
-    return replace(facts, bits=method.bits, double_quant=method.double_quant) if isinstance(method, QLora) else facts
+    if isinstance(method, QLora):
+        return replace(facts, bits=method.bits, double_quant=method.double_quant)
+    return replace(facts, pissa=method.init == "pissa")
 
 
 def count_trainable(recipe: Recipe, shape: ModelShape) -> int:
@@ -108,7 +112,7 @@ def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
         # The last position predicts nothing. Which others carry no loss is in the data, so all are counted.
         loss_columns=(batch.micro_batch_size * batch.seq_len if flat else batch.seq_len) - 1,
         # Padding is a sequence of its own (train/data.py), and needs the mask that packs do.
-        packed=recipe.data.packing or batch.micro_batch_size > 1,
+        packed=bool(recipe.data.packing) or batch.micro_batch_size > 1,
         fused=layout.liger_kernel and shape.model_type in FUSED,
     )
 
@@ -162,7 +166,8 @@ def predict_memory(
     profile = profile or profile_step(
         acting, keep_gradients=parts.keeps, gradients_exist=parts.keeps and batch.gradient_accumulation_steps > 1, exact=replay
     )
-    phases = _make_phases(parts, profile, known=known)
+    evaluating = _profile_evaluating(recipe, shape, layout, batch, acting, profile)
+    phases = _make_phases(parts, profile, evaluating, known=known)
     story = (
         tell_step(parts.acting, states, sharding, parts.keeps, batch.gradient_accumulation_steps)
         if replay and layout.accelerator == "cuda"
@@ -176,9 +181,11 @@ def predict_memory(
     notes += _find_notes(parts)
     host = make_host_phases(recipe, shape, layout, states, counts, finished, overheads.libraries, overheads.libraries_error,
                              profile.host_checkpoints)  # fmt: skip
+    merging = make_merge_phases(work, counts, libraries=overheads.libraries, libraries_error=overheads.libraries_error,
+                                context=overheads.context, context_error=overheads.context_error)  # fmt: skip
     return MemoryPlan(
-        phases=finished,
-        host_phases=host,
+        phases=finished + merging.device,
+        host_phases=host + merging.host,
         disk=make_disk(recipe, shape, counts, work.width, nvme=states.nvme * layout.workers_per_node),
         network_bytes=make_network(counts, sharding, work.width, batch.gradient_accumulation_steps),
         budget=budget if budget is not None else cluster.device_memory,
@@ -268,7 +275,26 @@ def part(name: str, size: int, provenance: Provenance = "exact", error: float = 
     return Component(name=name, bytes=size, provenance=provenance, error=error, counts_in=counts_in)
 
 
-def _make_phases(parts: Parts, profile: StepProfile, *, known: bool) -> dict[str, Held]:
+def _profile_evaluating(
+    recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan, acting: Workload, profile: StepProfile
+) -> Evaluation | None:
+    """Of the recipe's own micro-batch for it; None where nothing is evaluated."""
+    if not (recipe.data.eval or recipe.data.eval_fraction or recipe.evaluate.samples):
+        return None
+    wanted = recipe.evaluate.micro_batch_size
+    rows = batch.micro_batch_size if wanted == "auto" else wanted
+    if profile.is_traced:  # with what a backward pass would need: too much, by as much as that
+        return Evaluation(peak={kind: size * rows // batch.micro_batch_size for kind, size in profile.forward.items()})
+    asked = make_workload(recipe, shape, layout, replace(batch, micro_batch_size=rows))
+    return profile_evaluating(
+        replace(acting, micro_batch_size=rows, loss_columns=asked.loss_columns, packed=asked.packed)
+        if rows != acting.micro_batch_size
+        else acting,
+        recipe,
+    )
+
+
+def _make_phases(parts: Parts, profile: StepProfile, evaluating: Evaluation | None, *, known: bool) -> dict[str, Held]:
     work, states, sharding, counts = parts.work, parts.states, parts.sharding, parts.counts
     several = parts.micro_steps > 1
     gathered = gather(work, sharding)
@@ -299,8 +325,8 @@ def _make_phases(parts: Parts, profile: StepProfile, *, known: bool) -> dict[str
     left = work.width * counts.trained if stays else 0
     step_gradients = gradients if sharding.stage == 3 or sharding.offload_optimizer else []
     start = max(0, states.start_peak - states.master)
-    return {
-        "load": _loading(parts, gathered),
+    phases = {
+        "load": [*_loading(parts, gathered), part("step workspace", _start_adapters(parts), "source", 0.5)],
         "engine start": [*weights, part("fp32 master", states.master), *always, *(gradients if sharding.stage == 3 else []),
                          part("step workspace", start, "source", 0.05)],
         "forward": [*held, *gradients, *early, *computing(profile.forward, gathered.forward)],
@@ -310,11 +336,22 @@ def _make_phases(parts: Parts, profile: StepProfile, *, known: bool) -> dict[str
         "reduce": [*held, *gradients, *bucket, part("gradients", left + mine, "source"), part("step workspace", states.reduce_copy, "source", 0.05)],
         "optimizer step": [*held, *step_gradients, *always, part("step workspace", states.step_peak, "source", 0.05)],
         "evaluation": [*held, *always, *(gradients if sharding.stage == 3 else []),
-                       *computing(profile.forward if profile.is_traced else profile_evaluation(parts.acting), max(gathered.forward, gathered.loss))],
+                       *(computing(evaluating.peak, max(gathered.forward, gathered.loss)) if evaluating else []),
+                       part("KV cache", evaluating.cache if evaluating else 0, "source", 0.5)],
         "save": [*held, *always, *(gradients if sharding.stage == 3 else []),
                  part("gathered parameters", _exported_at_once(parts, gathered), "source", 0.1)],
         "resume": [*held, *always, *(gradients if sharding.stage == 3 else [])],
     }  # fmt: skip
+    if evaluating is None:
+        del phases["evaluation"]
+    return phases
+
+
+def _start_adapters(parts: Parts) -> int:
+    """What peft takes to start an adapter from a weight, the largest one: PiSSA's decomposition in fp32 (the weight, its two factors, a working
+    copy; lora/layer.py, pissa_init), DoRA's norm (the adapters' product, that times its scale, the sum; lora/dora.py)."""
+    method, largest = parts.work.method, parts.counts.largest_adapted
+    return 16 * largest if method.pissa else 3 * parts.work.width * largest if method.dora else 0
 
 
 EXPORT_ELEMENTS = 1 << 28
@@ -432,9 +469,6 @@ def _find_notes(parts: Parts) -> list[str]:
     if logits > 4 * GIB and work.loss == "plain":
         notes.append(f"logits: up to {logits / GIB:.1f} GiB for the loss of {work.tokens} tokens over {shape.vocab_size} words;"
                      " model.loss: chunked makes a few rows of them at a time")  # fmt: skip
-    if method.r:
-        notes.append(f"merge: afterwards, by lepton-launch export --merge, which holds the whole model in host memory"
-                     f" ({format_bytes(work.width * shape.num_params)}); no part of the run")  # fmt: skip
     if counts.trained > shape.num_params // 10 and method.r:
         notes.append(
             f"adapters: {counts.trained:,} parameters are trained, because target_modules reaches fused experts; name the attention's layers"

@@ -53,6 +53,8 @@ class Counts:
     adapters: int
     largest_quantised: int
     """Elements of the largest quantised weight."""
+    largest_adapted: int
+    """Elements of the largest weight that has an adapter."""
 
     @property
     def trained(self) -> int:
@@ -69,11 +71,12 @@ def _count_states(shape: ModelShape, method: MethodFacts) -> Counts:
     decayed: list[int] = []
     spared: list[int] = []
     frozen: list[int] = []
-    packed = state = adapters = largest = 0
+    packed = state = adapters = largest = adapted = 0
     for block in shape.inventory:
         for weight in block.weights:
             rank = adapter_rank(shape.model_type, block.prefix, weight, method.r, method.target_modules) if method.r else 0
             if rank:
+                adapted = max(adapted, weight.count)
                 halves = _adapter_shapes(weight, rank)
                 adapters += block.repeats * sum(halves)
                 decayed += list(halves) * block.repeats
@@ -89,7 +92,7 @@ def _count_states(shape: ModelShape, method: MethodFacts) -> Counts:
                 trained = method.trains_base(block.prefix.format(layer) + weight.name, shape.num_layers)
                 (frozen if not trained else decayed if len(weight.shape) > 1 else spared).append(weight.count)
     return Counts(decayed=tuple(decayed), spared=tuple(spared), frozen=tuple(frozen), packed_bytes=packed, quant_state_bytes=state, adapters=adapters,
-                  largest_quantised=largest)  # fmt: skip
+                  largest_quantised=largest, largest_adapted=adapted)  # fmt: skip
 
 
 def _adapter_shapes(weight: Weight, rank: int) -> tuple[int, int]:
