@@ -1,4 +1,4 @@
-"""A published fine-tuning run in the plan's own words: DeepSpeed's ZeRO as the launcher runs it, or a plain torch optimizer on one GPU.
+"""A published fine-tuning run in the plan's own words: DeepSpeed's ZeRO as the launcher runs it, or a plain torch optimizer.
 
 What differs from a run of this launcher is taken from the reading: reentrant checkpointing (transformers 4's default), expandable segments where the
 launch line exports them, DeepSpeed's buckets where the reading gives them, a CUDA context that was measured apart. A plain optimizer has no masters and
@@ -36,8 +36,8 @@ READ_AT_SOURCE: dict[str, Row] = {
 
 
 def is_plain(row: Row) -> bool:
-    """One GPU, without DeepSpeed."""
-    return row["n_gpus"] == 1 and row["sharding"] in (None, "none") and "ZeRO" not in row["framework"]
+    """Without DeepSpeed and FSDP: one GPU, or torch's DistributedDataParallel over several."""
+    return row["sharding"] in (None, "none", "DDP") and "ZeRO" not in row["framework"]
 
 
 def stage_of(row: Row) -> int | None:
@@ -138,14 +138,14 @@ def _make_work(row: Row, recipe: Recipe, shape: ModelShape, layout: Layout, batc
 
 
 def _plain_states(row: Row, work: Workload, recipe: Recipe, steps: int) -> States:
-    """Weights in their dtype (peft keeps adapters in fp32), gradients and the optimizer's states likewise."""
+    """Weights in their dtype (peft keeps adapters in fp32), gradients and the optimizer's states likewise; DDP's buckets are as large as these."""
     counts = count_states(work)
     trained, width = counts.trained, 4 if work.method.r else work.width
     largest = max(counts.decayed + counts.spared, default=0)
     return States(
         weights=work.width * (sum(counts.frozen) + trained - counts.adapters) + counts.packed_bytes, quant_state=counts.quant_state_bytes,
         adapters=width * counts.adapters, persistent=0, master=0, optimizer=_plain_optimizer(work, counts, recipe) * width // 4,
-        gradients=width * trained if steps > 1 else 0, bucket=0, bucket_always=False, partition=trained, part_bytes=width * trained, reduce_copy=0,
+        gradients=width * trained if steps > 1 else 0, bucket=width * trained if row["n_gpus"] > 1 else 0, bucket_always=row["n_gpus"] > 1, partition=trained, part_bytes=width * trained, reduce_copy=0,
         start_peak=0, step_peak=width * trained + 4 * largest, host=0, host_pinned=(),
     )  # fmt: skip
 

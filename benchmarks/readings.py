@@ -9,7 +9,7 @@ A reading is scored if its fields meet these rules, whatever the error comes to 
 2. Micro-batch, sequence length, dtype and optimizer are given (a component benchmark gives its tensors' sizes instead), and so are the places
    of adapters.
 3. It was made by code that this arithmetic tells: Liger's component benchmarks, LitGPT's LoRA on one GPU (benchmarks/litgpt.py), or transformers'
-   models under DeepSpeed's ZeRO or a plain optimizer on one GPU (benchmarks/published.py).
+   models under DeepSpeed's ZeRO or a plain optimizer (benchmarks/published.py).
 4. It uses nothing that a recipe cannot say: no sequence parallelism, no tiled MLP, no torch.compile, no float8, no Muon, no autocast over fp32 weights.
 5. The launcher ships the model's geometry.
 
@@ -89,19 +89,25 @@ def why_not(row: Row) -> str | None:
         return _why_not_litgpt(row)
     if row["source"] == "DeepSpeedExamples":
         return None
-    stage, plain = published.stage_of(row), published.is_plain(row)
-    if stage is None and not plain:
-        return f"3: {row['framework'].split()[0]} shards by FSDP, whose buffers and gathering are others"
-    if plain and row["framework"].split()[0] in ("torchtitan", "NeMo", "torchtune"):
-        return f"3: made by {row['framework'].split()[0]}, whose model code is another"
+    framework = row["framework"].split()[0]
+    if any(name in row["framework"] for name in OTHER_MODELS):
+        return f"3: made by {framework}, whose model code or sharding is another"
+    if published.stage_of(row) is None and not published.is_plain(row):
+        return f"3: {framework} shards by {row['sharding']}, whose buffers and gathering are others"
     told = f"{row['loss_kernel']} {row['notes']} {row['weight_dtype']} {row['sharding']}"
     if any(word in told for word in ("Ulysses", "TiledMLP", "Float8", "NVFP4", "CP")) or row["compile"] or "Muon" in str(row["optimizer"]):
         return "4: sequence parallelism, tiled MLP, compile, float8 or Muon"
     if "AMP" in told and row["method"] == "full":
         return "4: autocast over fp32 weights"
+    if row["method"] != "full" and not (row["lora"] or {}).get("r"):
+        return "2: the adapters' rank is not given"
     if find_known(published.hub_id(row)) is None:
         return "5: a model whose geometry the launcher does not ship"
     return None
+
+
+OTHER_MODELS = ("torchtitan", "NeMo", "torchtune", "Unsloth", "Megatron")
+"""Frameworks whose models are not transformers', or run on kernels of their own."""
 
 
 def _why_not_litgpt(row: Row) -> str | None:
