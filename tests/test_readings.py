@@ -49,7 +49,7 @@ HUB = [
     ("stabilityai/stablelm-base-alpha-3b", 1, 32, False, 16, 8.58),
     ("stabilityai/stablelm-base-alpha-3b", 1, 32, False, 4, 5.24),
 ]
-"""Rows of LitGPT's table (config_hub/finetune/README.md; gigabytes) that are not in the file: nothing was looked at before they were predicted."""
+"""Rows of LitGPT's table (config_hub/finetune/README.md; gigabytes) that are not in the file; nothing was changed for them."""
 
 
 @pytest.mark.parametrize(("model", "rows", "r", "everywhere", "bits", "peak"), HUB)
