@@ -8,7 +8,8 @@ A reading is scored if its fields meet these rules, whatever the error comes to 
 1. Its figure is said to be allocated, reserved or nvidia-smi's, and is not rounded to a whole GB.
 2. Micro-batch, sequence length, dtype and optimizer are given (a component benchmark gives its tensors' sizes instead), and so are the places
    of adapters.
-3. It was made by code that this arithmetic tells: Liger's component benchmarks, LitGPT's LoRA on one GPU (benchmarks/litgpt.py), or transformers'
+3. It was made by code that this arithmetic tells: Liger's component benchmarks, LitGPT's LoRA on one GPU (benchmarks/litgpt.py), torchtitan's
+   Llama under FSDP2 with selective checkpointing (benchmarks/torchtitan.py: its events, the plan's allocator), or transformers'
    models under DeepSpeed's ZeRO or a plain optimizer (benchmarks/published.py).
 4. It uses nothing that a recipe cannot say: no sequence parallelism, no tiled MLP, no torch.compile, no float8, no Muon, no autocast over fp32 weights.
 5. The launcher ships the model's geometry.
@@ -27,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import litgpt, published
+from benchmarks import litgpt, published, torchtitan
 from benchmarks.components import COMPONENTS
 from launcher.plan.known import find_known
 from launcher.units import GIB, MIB
@@ -72,9 +73,16 @@ def is_litgpt(row: Row) -> bool:
     return str(row["framework"]).startswith("litgpt")
 
 
+def is_titan(row: Row) -> bool:
+    return str(row["framework"]).startswith("torchtitan")
+
+
 def figure_of(row: Row) -> str | None:
     """Which of the three figures a reading is, as its metric says."""
     return next((figure for name, figure in FIGURES.items() if name in row["peak_metric"]), None)
+
+
+RULE_4 = "4: sequence parallelism, tiled MLP, compile, float8 or Muon"
 
 
 def why_not(row: Row) -> str | None:
@@ -89,6 +97,8 @@ def why_not(row: Row) -> str | None:
         return _why_not_litgpt(row)
     if row["source"] == "DeepSpeedExamples":
         return None
+    if is_titan(row):
+        return _why_not_titan(row)
     framework = row["framework"].split()[0]
     if any(name in row["framework"] for name in OTHER_MODELS):
         return f"3: made by {framework}, whose model code or sharding is another"
@@ -96,7 +106,7 @@ def why_not(row: Row) -> str | None:
         return f"3: {framework} shards by {row['sharding']}, whose buffers and gathering are others"
     told = f"{row['loss_kernel']} {row['notes']} {row['weight_dtype']} {row['sharding']}"
     if any(word in told for word in ("Ulysses", "TiledMLP", "Float8", "NVFP4", "CP")) or row["compile"] or "Muon" in str(row["optimizer"]):
-        return "4: sequence parallelism, tiled MLP, compile, float8 or Muon"
+        return RULE_4
     if "AMP" in told and row["method"] == "full":
         return "4: autocast over fp32 weights"
     if row["method"] != "full" and not (row["lora"] or {}).get("r"):
@@ -106,7 +116,14 @@ def why_not(row: Row) -> str | None:
     return None
 
 
-OTHER_MODELS = ("torchtitan", "NeMo", "torchtune", "Unsloth", "Megatron")
+def _why_not_titan(row: Row) -> str | None:
+    if row["compile"] or "Float8" in f"{row['notes']} {row['weight_dtype']}" or "CP" in str(row["sharding"]):
+        return RULE_4
+    told = row["sharding"] == "FSDP2" and "per-op" in str(row["grad_ckpt"]) and "8B" in row["model"]
+    return None if told else "3: torchtitan otherwise than Llama 8B under FSDP2 with selective checkpointing"
+
+
+OTHER_MODELS = ("NeMo", "torchtune", "Unsloth", "Megatron")
 """Frameworks whose models are not transformers', or run on kernels of their own."""
 
 
@@ -124,6 +141,8 @@ def predict(row: Row) -> float:
         return COMPONENTS[row["model"].removeprefix("component:")](json.loads(row["notes"]), row["framework"])
     if is_litgpt(row):
         return litgpt.predict(litgpt.read(row))
+    if is_titan(row):
+        return torchtitan.predict(torchtitan.Run(tokens=row["micro_batch"] * row["seq_len"], ranks=row["n_gpus"]))
     return _predict_example(row) if row["source"] == "DeepSpeedExamples" else published.predict(row, str(figure_of(row)))
 
 

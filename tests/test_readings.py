@@ -18,7 +18,7 @@ from launcher.units import MIB
 READINGS = Path(__file__).parent.parent.parent / "shared" / "data" / "measured_peaks.jsonl"
 WORST, MEDIAN = {"allocated": 0.05, "reserved": 0.12, "nvidia-smi": 0.12}, {"allocated": 0.02, "reserved": 0.05, "nvidia-smi": 0.05}
 """What issue 3 asks for."""
-SCORED = 106
+SCORED = 108
 needs_readings = pytest.mark.skipif(
     not READINGS.exists(), reason=f"{READINGS} is not on this machine: readings are no part of the repository"
 )
