@@ -55,6 +55,8 @@ def predict(row: Row, figure: str) -> float:
                       data_parallel_size=ranks, seq_len=row["seq_len"])  # fmt: skip
     cluster = Cluster(accelerator="cuda", device_name=row["gpu"], device_memory=_memory_of(row["gpu"]))
     work = _make_work(row, recipe, shape, layout, batch)
+    if not count_states(work).trained:
+        raise LookupError(f"{row['id']}: none of {recipe.method} is in {row['model']}")
     context = re.search(r"context (\d+) MiB", row["peak_metric"])
     overheads = memory.choose_overheads(row["gpu"])
     plan = memory.predict_memory(

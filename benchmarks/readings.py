@@ -13,6 +13,7 @@ A reading is scored if its fields meet these rules, whatever the error comes to 
    models under DeepSpeed's ZeRO or a plain optimizer (benchmarks/published.py).
 4. It uses nothing that a recipe cannot say: no sequence parallelism, no tiled MLP, no torch.compile, no float8, no Muon, no autocast over fp32 weights.
 5. The launcher ships the model's geometry.
+6. Its fields make a recipe.
 
 No constant is fitted on a row. What differs from a run of this launcher is taken from the reading's own stack.
 The cuBLAS workspace, 8.125 MiB a handle, is torch's own default (at::cuda::getChosenWorkspaceSize). All rows were looked at while this was written.
@@ -30,6 +31,7 @@ from typing import Any
 
 from benchmarks import litgpt, published, torchtitan
 from benchmarks.components import COMPONENTS
+from launcher.errors import LauncherError
 from launcher.plan.known import find_known
 from launcher.units import GIB, MIB
 
@@ -170,8 +172,13 @@ def score(path: Path) -> tuple[list[Score], Counter[str]]:
         if reason is not None:
             left_out[reason] += 1
             continue
+        try:
+            predicted = predict(row)
+        except (LauncherError, LookupError) as problem:
+            left_out[f"6: its fields make no recipe ({problem})"] += 1
+            continue
         scores.append(Score(id=row["id"], grade=row["grade"], figure=str(figure_of(row)), measured=row["peak"] * UNITS[row["peak_unit"]],
-                            predicted=predict(row)))  # fmt: skip
+                            predicted=predicted))  # fmt: skip
     return scores, left_out
 
 
