@@ -228,5 +228,6 @@ COMPONENTS: dict[str, Callable[[Facts, str], float]] = {
     "cross_entropy": cross_entropy_peak,
     "fused_linear_cross_entropy": head_peak,
     "swiglu": swiglu_peak,
+    "geglu": swiglu_peak,  # an activation that keeps its input, either way
     "rope": rope_peak,
 }

@@ -87,6 +87,14 @@ MODELS = {
 }
 
 
+MODELS |= {
+    "meta-llama/Llama-3.1-8B": MODELS["meta-llama/Meta-Llama-3-8B"],
+    "meta-llama/Meta-Llama-3.1-8B": MODELS["meta-llama/Meta-Llama-3-8B"],
+    "mistralai/Mistral-7B-v0.2": MODELS["mistralai/Mistral-7B-v0.1"],
+    "TinyLlama/TinyLlama-1.1B-intermediate-step-1431k-3T": MODELS["TinyLlama/TinyLlama-1.1B"],
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Training:
     """One micro-step. `bits` of the linear layers, the head's among them; `double_quant`: their scales are quantised too."""

@@ -132,6 +132,8 @@ OTHER_MODELS = ("NeMo", "torchtune", "Unsloth", "Megatron")
 def _why_not_litgpt(row: Row) -> str | None:
     if row["method"] == "full":
         return "3: LitGPT's full fine-tuning, whose optimizer the reading does not tell"
+    if not (row["lora"] or {}).get("r"):
+        return "3: LitGPT's other methods"
     if row["n_gpus"] > 1:
         return "3: LitGPT shards by FSDP, whose buffers and gathering are others"
     return None if row["model"] in litgpt.MODELS else "5: a model whose geometry the launcher does not ship"
