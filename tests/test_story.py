@@ -46,6 +46,16 @@ def test_the_replay_is_told_what_the_phases_hold(stage: int, micro_steps: int, m
     assert {name: told[name][1] / MIB for name in told} == {name: pytest.approx(held[name] / MIB, abs=ROOM / MIB) for name in told}
 
 
+@pytest.mark.parametrize("offload", [False, True])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_cache_is_emptied_at_the_start_alone(stage: int, offload: bool) -> None:
+    """An event of no size empties it."""
+    plan = plan_stage(stage, 1, parallel={"offload_optimizer": offload})
+    work, sharding = make_workload(plan.recipe, plan.shape, plan.layout, plan.batch), make_sharding(plan.layout, plan.deepspeed)
+    states = make_states(count_states(work), sharding, width=2, optimizer="adamw", momentum=False, micro_steps=1)
+    assert [phase for phase, size, _ in tell_step(work, states, sharding, stage < 2, 1).events if size == 0] == ["engine start"]
+
+
 def test_a_bucket_that_fills_in_the_backward_pass_is_copied_beside_the_activations() -> None:
     """1.1 billion gradients in buckets of half a billion: stage 2 reduces while it goes back; adapters wait for the end."""
     whole, adapters = (

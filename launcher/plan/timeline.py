@@ -164,14 +164,16 @@ def _make_micro_step(taped: list[Event], states: States, key: int, *, early: boo
     first = next((index for index, event in enumerate(events) if event[0] == "backward"), None)
     if first is None:
         return _MicroStep(events, 0, 0, copied + len(events))
-    if flushes:
+    if flushes and states.reduce_copy:
         at = _find_top(events, first)
-        events[at:at] = [("backward", states.reduce_copy, copied), ("backward", -states.reduce_copy, copied)] if states.reduce_copy else []
+        events[at:at] = [("backward", states.reduce_copy, copied), ("backward", -states.reduce_copy, copied)]
+    has_mine = flushes and bool(states.part_bytes)
+    if has_mine:
         events.insert(first, ("backward", states.part_bytes, mine))
     has_bucket = bool(states.bucket) and not states.bucket_always
     if has_bucket:
         events.insert(0 if early else first, ("forward" if early else "backward", states.bucket, bucket))
-    return _MicroStep(events, bucket if has_bucket else 0, mine if flushes else 0, copied + len(events))
+    return _MicroStep(events, bucket if has_bucket else 0, mine if has_mine else 0, copied + len(events))
 
 
 def _find_top(events: list[Event], first: int) -> int:
