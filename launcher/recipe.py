@@ -237,9 +237,11 @@ class Memory(Spec):
     def _with_unit(cls, value: Any) -> Any:
         if value is not None:
             try:
-                make_bytes(str(value))
+                size = make_bytes(str(value))
             except ValueError:
                 raise ValueError("should be a size with its unit, such as 24GiB or 80GB") from None
+            if size < 1:
+                raise ValueError("should be a size above 0, such as 24GiB or 80GB")
         return value
 
     @property

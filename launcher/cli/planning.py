@@ -160,7 +160,7 @@ def show_sweep(
     *,
     as_json: bool,
 ) -> None:
-    """Print what fits where: a row each combination of the axes' values."""
+    """Print what fits where: a row each combination of the axes' values. Exit 2 where none of them can be planned."""
     from launcher.plan.dry_run import estimate_plan
     from launcher.plan.speed import Speed
     from launcher.plan.sweep import MACHINES, make_sweep, read_axis
@@ -192,3 +192,5 @@ def show_sweep(
         print_json({"schema_version": 1, "axes": [axis.name for axis in read], "rows": rows})
     else:
         print_sweep(cells, [axis.name for axis in read], sys.stdout)
+    if all(cell.plan is None for cell in cells):
+        raise typer.Exit(RecipeError.exit_code)

@@ -91,6 +91,8 @@ def run(
         )
 
     if sweep:
+        if html or explain:
+            raise typer.BadParameter("--sweep prints a table, or with --json its rows; --html and --explain are of one plan")
         axes = [*sweep, *(change for change in changes if is_axis(change))]
         kept = tuple(change for change in changes if not is_axis(change))
 
