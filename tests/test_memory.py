@@ -1,4 +1,4 @@
-"""The allocator's replay, figures and verdicts, tracing of what is unknown, and published readings."""
+"""The allocator's replay, figures and verdicts and tracing of what is unknown."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from launcher.units import GIB, MIB
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-READINGS = ROOT.parent / "shared" / "data" / "measured_peaks.jsonl"
 LLAMA_8B = "meta-llama/Llama-3.1-8B-Instruct"
 
 
@@ -161,7 +160,7 @@ def test_what_zero_3_keeps_gathered_at_the_turn() -> None:
     assert gathered.backward == head + layer + 2 * 50_000_000
 
 
-# ------------------------------------------------------------------------------------------------- speed and readings
+# ------------------------------------------------------------------------------------------------- speed
 
 
 def test_the_quick_prediction_is_near_the_exact_one() -> None:
@@ -170,18 +169,3 @@ def test_the_quick_prediction_is_near_the_exact_one() -> None:
     quick, exact = (predict_memory(*facts, deepspeed=plan.deepspeed, replay=replays) for replays in (False, True))
     needs = quick.device("allocated").p50, exact.device("allocated").p50
     assert 0.9 * needs[1] < needs[0] <= needs[1], "never too high; what it lets through is predicted exactly (solve.choose)"
-
-
-@pytest.mark.skipif(not READINGS.exists(), reason=f"{READINGS} is not on this machine: published readings are no part of the repository")
-def test_published_readings(capsys: pytest.CaptureFixture[str]) -> None:
-    """Fails where the arithmetic gets worse than it was when it was written; prints the table of errors."""
-    from benchmarks.readings import describe, score, sum_up
-
-    scores, left_out = score(READINGS)
-    with capsys.disabled():
-        print("\n" + describe(scores, left_out))
-    assert len(scores) + left_out.total() == 161 and len(scores) >= 64
-    medians = {row["figure"]: row["median"] for row in sum_up(scores) if row["grade"] == "A"}
-    assert medians["allocated"] < 0.02 and medians["nvidia-smi"] < 0.05
-    # Liger's own norm holds what no release of it that could be read does: docs/dry-run.md.
-    assert max(abs(s.error) for s in scores if not s.id.startswith("liger-rms_norm-liger")) < 0.05

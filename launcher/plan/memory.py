@@ -25,7 +25,7 @@ from launcher.plan.products import predict_products
 from launcher.plan.profile import Peak, StepProfile, bound_step, profile_step
 from launcher.plan.shape import ModelShape
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
-from launcher.plan.timeline import Event, Story, tell_step
+from launcher.plan.timeline import Event, Story, flushes_in_backward, tell_step
 from launcher.plan.trainable import OTHERS, as_trained
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
@@ -143,20 +143,23 @@ def predict_memory(
     expandable_segments: bool = False,
     tracer: Tracer | None = None,
     work: Workload | None = None,
+    states: States | None = None,
 ) -> MemoryPlan:
     """What the run needs, phase by phase. `deepspeed` is its configuration; `budget` is the device's memory unless told.
 
     With `replay` the allocator is simulated and every layer computed; without, its slack is a share and a deep model's layers are
     extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step, where there is one.
-    `work` is what a rank computes, where it is not what this launcher's loop would.
+    `work` is what a rank computes, and `states` what it holds, where they are not this launcher's loop's and DeepSpeed's.
     """
     overheads = overheads or choose_overheads(cluster.device_name)
     work, sharding = work or make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     counts = count_states(work)
-    states = make_states(
+    states = states or make_states(
         counts, sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
         micro_steps=batch.gradient_accumulation_steps,
     )  # fmt: skip
+    limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
+    states = _flatten_where_there_is_room(states, limit, on_device=work.device == "cuda" and sharding.stage in (1, 2))
     profile, acting, notes = _choose_profile(work, sharding.stage < 2, tracer)
     parts = Parts(work, acting, sharding, counts, states, batch.gradient_accumulation_steps)
     known = profile is not None or acting is work
@@ -170,7 +173,6 @@ def predict_memory(
         if replay and layout.accelerator == "cuda"
         else None
     )
-    limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
     slack = _make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
     finished = tuple(
         Phase(name=name, components=_finish(components, slack[name], work, overheads, sharding, name))
@@ -190,6 +192,12 @@ def predict_memory(
         host_budget=cluster.host_memory if cluster.host_memory > 1 else None,
         notes=tuple(notes),
     )
+
+
+def _flatten_where_there_is_room(states: States, limit: int, *, on_device: bool) -> States:
+    """DeepSpeed flattens a group of parameters on the device if the copy fits beside them, else in host memory (stage_1_and_2.py)."""
+    fits = states.weights + states.quant_state + states.adapters + states.start_peak <= limit
+    return states if fits or not on_device else replace(states, start_peak=states.start_least)
 
 
 def has_closed_form(shape: ModelShape) -> bool:
@@ -312,7 +320,8 @@ def _make_phases(parts: Parts, profile: StepProfile, evaluating: Evaluation | No
         ]
 
     # A second flush of the bucket in backward finds the rank's own part already there.
-    mine = states.part_bytes if sharding.stage == 2 and counts.trained > sharding.bucket else 0
+    flushes = flushes_in_backward(counts, sharding)
+    mine, copied = (states.part_bytes, states.reduce_copy) if flushes else (0, 0)
     # Gradients that still lie in their parameters when they are reduced, unless they are counted as held already.
     stays = not several and (sharding.stage == 0 or (sharding.stage == 1 and counts.trained > sharding.bucket))
     left = work.width * counts.trained if stays else 0
@@ -324,8 +333,9 @@ def _make_phases(parts: Parts, profile: StepProfile, evaluating: Evaluation | No
                          part("step workspace", start, "source", 0.05)],
         "forward": [*held, *gradients, *early, *computing(profile.forward, gathered.forward)],
         "loss": [*held, *gradients, *early, *computing(profile.loss, gathered.loss)],
-        "backward": [*held, *gradients, *bucket, part("gradients", mine, "source"), *computing(profile.backward, gathered.backward)],
-        "reduce": [*held, *gradients, *bucket, part("gradients", left, "source"), part("step workspace", states.reduce_copy, "source", 0.05)],
+        "backward": [*held, *gradients, *bucket, part("gradients", mine, "source"), part("step workspace", copied, "source", 0.05),
+                     *computing(profile.backward, gathered.backward)],
+        "reduce": [*held, *gradients, *bucket, part("gradients", left + mine, "source"), part("step workspace", states.reduce_copy, "source", 0.05)],
         "optimizer step": [*held, *step_gradients, *always, part("step workspace", states.step_peak, "source", 0.05)],
         "evaluation": [*held, *always, *(gradients if sharding.stage == 3 else []),
                        *(computing(evaluating.peak, max(gathered.forward, gathered.loss)) if evaluating else []),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from launcher.plan.gathering import gather, sizes_of
-from launcher.plan.states import Sharding, States, count_states
+from launcher.plan.states import Counts, Sharding, States, count_states
 from launcher.plan.step import recorded_step
 from launcher.plan.workload import Workload, is_quantised
 
@@ -61,20 +61,31 @@ def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, m
     if sharding.stage == 3 and sharding.overlap:
         story.side = (_fetch(work, sharding), _reduce(work, sharding))
     whole = 0 if story.side else gather(work, sharding).backward
-    computed = _make_micro_step(tape.events, states, story.next_key + 1)
-    story.next_key += len(computed) + 1
+    counts = count_states(work)
+    whole_gradients, flushes = work.width * counts.trained, flushes_in_backward(counts, sharding)
+    step = _make_micro_step(tape.events, states, story.next_key, early=sharding.stage == 1 and micro_steps > 1, flushes=flushes)
+    story.next_key = step.next_key
     for iteration in range(ITERATIONS):
         held = story.begin("forward", states.gradients) if sharding.stage != 3 else 0
+        resident = states.gradients if held else 0
         gathered = story.begin("forward", whole)
-        story.events += computed  # all that begins in it ends in it, so that its keys may come again
+        story.events += step.events  # what begins in it ends before the next, so that its keys may come again
         story.end("reduce", gathered, whole)
-        left = story.begin("reduce", states.part_bytes) if keeps else 0
+        left = story.begin("reduce", whole_gradients) if keeps and micro_steps == 1 else 0
         story.passing("reduce", states.reduce_copy)
+        story.end("reduce", step.bucket, states.bucket)
+        if sharding.stage == 1:  # gradients of other ranks' parts go; stage 0's stay where they are
+            story.end("reduce", held, resident)
+            story.end("reduce", left, whole_gradients)
+            held, resident = story.begin("reduce", states.part_bytes), states.part_bytes
+        elif left:
+            held, resident = left, whole_gradients
         if iteration == 0:
             story.begin("optimizer step", states.optimizer)
-        story.passing("optimizer step", states.step_peak)
-        story.end("optimizer step", left, states.part_bytes)
-        story.end("optimizer step", held, states.gradients)
+        there = resident + (states.part_bytes if step.mine else 0)
+        story.passing("optimizer step", max(0, states.step_peak - there))  # the gradients are in that peak
+        story.end("optimizer step", held, resident)
+        story.end("optimizer step", step.mine, states.part_bytes)
     return story
 
 
@@ -130,12 +141,47 @@ def _reduce(work: Workload, sharding: Sharding) -> list[Event]:
     return story.events
 
 
-def _make_micro_step(taped: list[Event], states: States, offset: int) -> list[Event]:
-    """The tape of one micro-step, with the bucket that comes with the first gradient. Keys begin at `offset`."""
+def flushes_in_backward(counts: Counts, sharding: Sharding) -> bool:
+    """Whether stage 2's bucket is reduced while the backward pass still runs: a copy of it then lies beside the activations."""
+    return sharding.stage == 2 and counts.trained > sharding.bucket
+
+
+@dataclass(slots=True)
+class _MicroStep:
+    """Its events; `bucket` and `mine` (the rank's own gradients) begin in them and end later, with these keys (0: there is none)."""
+
+    events: list[Event]
+    bucket: int
+    mine: int
+    next_key: int
+
+
+def _make_micro_step(taped: list[Event], states: States, key: int, *, early: bool, flushes: bool) -> _MicroStep:
+    """The tape of one micro-step, with the bucket that comes with the first gradient, or before where there are micro-steps before."""
     names = {"loss backward": "loss"}
-    events = [(names.get(phase, phase), size, key + offset) for phase, size, key in taped]
+    bucket, mine, copied = key + 1, key + 2, key + 3
+    events = [(names.get(phase, phase), size, number + copied) for phase, size, number in taped]
     first = next((index for index, event in enumerate(events) if event[0] == "backward"), None)
-    if states.bucket and not states.bucket_always and first is not None:
-        events.insert(first, ("backward", states.bucket, offset))
-        events.append(("reduce", -states.bucket, offset))
-    return events
+    if first is None:
+        return _MicroStep(events, 0, 0, copied + len(events))
+    if flushes and states.reduce_copy:
+        at = _find_top(events, first)
+        events[at:at] = [("backward", states.reduce_copy, copied), ("backward", -states.reduce_copy, copied)]
+    has_mine = flushes and bool(states.part_bytes)
+    if has_mine:
+        events.insert(first, ("backward", states.part_bytes, mine))
+    has_bucket = bool(states.bucket) and not states.bucket_always
+    if has_bucket:
+        events.insert(0 if early else first, ("forward" if early else "backward", states.bucket, bucket))
+    return _MicroStep(events, bucket if has_bucket else 0, mine if has_mine else 0, copied + len(events))
+
+
+def _find_top(events: list[Event], first: int) -> int:
+    """The place right after the moment in the backward pass when most is live."""
+    live = most = 0
+    top = first
+    for index in range(first, len(events)):
+        live += events[index][1]
+        if live > most:
+            most, top = live, index
+    return top + 1
