@@ -238,10 +238,11 @@ class _Frame:
         tape = self.tape
         outer, tape.recomputing = tape.recomputing, self
         kind, tape.kind = tape.kind, ACTIVATIONS
-        if self.offloaded:
-            self.inputs = tuple(tape.new(count, width) for count, width in self.inputs)
+        inputs = self.inputs
+        if self.offloaded:  # made anew, with the place in the graph that it had
+            inputs = tuple(Tensor(tape.new(count, width).storage, count, width, node, slot) for count, width, node, slot in self.inputs)
         try:
-            self.output = self.function(*self.inputs)
+            self.output = self.function(*inputs)
         except _Enough:
             pass
         finally:
@@ -256,7 +257,7 @@ def checkpoint(tape: Tape, function: Callable[[Tensor], Tensor], x: Tensor, *, o
     frame = _Frame(tape, function, (x,))
     if offload:
         frame.offloaded = True
-        frame.inputs = ((x.count, x.width),)
+        frame.inputs = ((x.count, x.width, x.node, x.slot),)
         tape.on_host += x.count * x.width
     else:
         x.storage.count_as(CHECKPOINTS)
