@@ -13,6 +13,7 @@ from typing import Any
 from launcher.plan.linears import Linear, linear
 from launcher.plan.losses import cross_entropy, liger_chunk
 from launcher.plan.operators import matmul, mul, pointwise, rms_norm, rotate
+from launcher.plan.reductions import sum_of_rows_workspace
 from launcher.plan.tape import Parameter, Storage, Tape, Tensor, backward
 from launcher.units import MIB
 
@@ -48,23 +49,32 @@ def go_back(tape: Tape, outputs: list[Tensor], give: Callable[[], tuple[Storage,
 
 
 def rms_norm_peak(facts: Facts, kernel: str) -> float:
-    """Both modules' weights are fp32 and the input bf16: transformers' product of the two is fp32, and its gradient is cast."""
+    """Both modules' weights are fp32 and the input bf16: transformers' product of the two is fp32, and its gradient is cast.
+
+    Liger's gradient of x is a view of dy's own storage, written over it: autograd takes that tensor for x's gradient as it is.
+    """
     rows, width = int(facts["M"]), int(facts["H"])
 
     def program(tape: Tape) -> list[Any]:
         x, keep = leaf(tape, rows * width, 2)
         dy = tape.new(rows * width, 2)
-        weights = [leaf(tape, width, 4) for _ in range(2)]
         if kernel == "liger":
+            keep[1] = None
+            weights = [*leaf(tape, width, 4), tape.new(width, 4)]
             y = _liger_norm(tape, x, rows, width)
             go_back(tape, [y], lambda: (dy.storage,))
         else:
+            weights = [leaf(tape, width, 4) for _ in range(2)]
             y = rms_norm(tape, x, weights[0][0])  # type: ignore[arg-type]
             cast = tape.new(rows * width, 4)  # in torch's engine, until the backward is over
             go_back(tape, [y], lambda: (cast.storage,))
         return [x, keep, dy, weights, y]
 
     return peak(program, 0)
+
+
+A100 = 108
+"""Multiprocessors."""
 
 
 def _liger_norm(tape: Tape, x: Tensor, rows: int, width: int) -> Tensor:
@@ -74,7 +84,8 @@ def _liger_norm(tape: Tape, x: Tensor, rows: int, width: int) -> Tensor:
     def run(grad: Storage) -> tuple[Storage]:
         by_row = tape.make(rows * width * 4)
         summed = tape.make(width * 4)
-        del by_row, summed
+        beside = [tape.make(sum_of_rows_workspace(rows, width, A100)), tape.make(4 * -(-width // 128))]  # each column of blocks has a flag
+        del by_row, summed, beside
         return (grad,)
 
     kept = tape.save(scale)
@@ -217,5 +228,6 @@ COMPONENTS: dict[str, Callable[[Facts, str], float]] = {
     "cross_entropy": cross_entropy_peak,
     "fused_linear_cross_entropy": head_peak,
     "swiglu": swiglu_peak,
+    "geglu": swiglu_peak,  # an activation that keeps its input, either way
     "rope": rope_peak,
 }

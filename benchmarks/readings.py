@@ -1,16 +1,21 @@
-"""Published readings of GPU memory beside what the plan's arithmetic says: python -m benchmarks.readings [FILE].
+"""Published readings of GPU memory beside what the plan's arithmetic says: python -m benchmarks.readings [FILE] [--unscored].
 
 FILE is ../shared/data/measured_peaks.jsonl unless told: one JSON object a line, with where each reading is from. It is no part of this repository.
+--unscored prints the readings that are left out, rule by rule, in place of the errors.
 
 A reading is scored if its fields meet these rules, whatever the error comes to be; the first that fails is the reason it is not.
 
 1. Its figure is said to be allocated, reserved or nvidia-smi's, and is not rounded to a whole GB.
-2. Micro-batch, sequence length, dtype and optimizer are given (a component benchmark gives its tensors' sizes instead).
-3. It was made by code that this arithmetic tells: Liger's component benchmarks, or DeepSpeed's ZeRO.
-4. It uses nothing that a recipe cannot say: no sequence parallelism, no tiled MLP, no torch.compile, no float8, no Muon.
+2. Micro-batch, sequence length, dtype and optimizer are given (a component benchmark gives its tensors' sizes instead), and so are the places
+   of adapters.
+3. It was made by code that this arithmetic tells: Liger's component benchmarks, LitGPT's LoRA on one GPU (benchmarks/litgpt.py), torchtitan's
+   Llama under FSDP2 with selective checkpointing (benchmarks/torchtitan.py: its events, the plan's allocator), or transformers'
+   models under DeepSpeed's ZeRO or a plain optimizer (benchmarks/published.py).
+4. It uses nothing that a recipe cannot say: no sequence parallelism, no tiled MLP, no torch.compile, no float8, no Muon, no autocast over fp32 weights.
+5. The launcher ships the model's geometry.
+6. Its fields make a recipe.
 
-No constant is fitted on a row. What differs from a run of this launcher is taken from the reading's own stack: reentrant checkpointing
-(transformers 4.51's default), expandable segments where the launch line exports them, which of Liger's kernels are on.
+No constant is fitted on a row. What differs from a run of this launcher is taken from the reading's own stack.
 The cuBLAS workspace, 8.125 MiB a handle, is torch's own default (at::cuda::getChosenWorkspaceSize). All rows were looked at while this was written.
 """
 
@@ -20,16 +25,25 @@ import json
 import statistics
 import sys
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks import litgpt, published, torchtitan
 from benchmarks.components import COMPONENTS
+from launcher.errors import LauncherError
+from launcher.plan.known import find_known
 from launcher.units import GIB, MIB
 
 READINGS = Path("../shared/data/measured_peaks.jsonl")
 UNITS = {"MiB": MIB, "GiB": GIB, "GB": 10**9, "GB (1e9)": 10**9}
-FIGURES = {"max_memory_allocated": "allocated", "memory_allocated": "allocated", "max reserved": "reserved", "nvidia-smi": "nvidia-smi"}
+FIGURES = {
+    "max_memory_allocated": "allocated",
+    "memory_allocated": "allocated",
+    "max allocated": "allocated",
+    "reserved": "reserved",
+    "nvidia-smi": "nvidia-smi",
+}
 Row = dict[str, Any]
 
 
@@ -48,8 +62,21 @@ class Score:
         return self.predicted / self.measured - 1
 
 
+def load_rows(path: Path) -> list[Row]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [row | published.READ_AT_SOURCE.get(row["id"], {}) for row in rows]
+
+
 def is_component(row: Row) -> bool:
     return str(row["model"]).startswith("component:")
+
+
+def is_litgpt(row: Row) -> bool:
+    return str(row["framework"]).startswith("litgpt")
+
+
+def is_titan(row: Row) -> bool:
+    return str(row["framework"]).startswith("torchtitan")
 
 
 def figure_of(row: Row) -> str | None:
@@ -57,25 +84,70 @@ def figure_of(row: Row) -> str | None:
     return next((figure for name, figure in FIGURES.items() if name in row["peak_metric"]), None)
 
 
+RULE_4 = "4: sequence parallelism, tiled MLP, compile, float8 or Muon"
+
+
 def why_not(row: Row) -> str | None:
     """The first of the rules that a reading does not meet, by its configuration's fields; None for one that is scored."""
     if figure_of(row) is None or "unknown" in row["peak_metric"] or "rounded" in row["peak_metric"]:
         return "1: which figure it is, is not said"
-    if not is_component(row) and any(row[field] is None for field in ("micro_batch", "seq_len", "weight_dtype", "optimizer")):
+    if is_component(row):
+        return None if row["model"].removeprefix("component:") in COMPONENTS else "3: a component that is not told here"
+    if any(row[field] is None for field in ("micro_batch", "seq_len", "weight_dtype", "optimizer")):
         return "2: batch, length, dtype or optimizer is not given"
-    if not is_component(row) and "DeepSpeed ZeRO" not in row["framework"]:
-        return f"3: made by {row['framework'].split()[0]}, whose model code or sharding is another"
-    told = f"{row['loss_kernel']} {row['notes']} {row['weight_dtype']}"
-    if any(word in told for word in ("Ulysses", "TiledMLP", "Float8", "NVFP4")) or row["compile"] or "Muon" in str(row["optimizer"]):
-        return "4: sequence parallelism, tiled MLP, compile, float8 or Muon"
+    if is_litgpt(row):
+        return _why_not_litgpt(row)
+    if row["source"] == "DeepSpeedExamples":
+        return None
+    if is_titan(row):
+        return _why_not_titan(row)
+    framework = row["framework"].split()[0]
+    if any(name in row["framework"] for name in OTHER_MODELS):
+        return f"3: made by {framework}, whose model code or sharding is another"
+    if published.stage_of(row) is None and not published.is_plain(row):
+        return f"3: {framework} shards by {row['sharding']}, whose buffers and gathering are others"
+    told = f"{row['loss_kernel']} {row['notes']} {row['weight_dtype']} {row['sharding']}"
+    if any(word in told for word in ("Ulysses", "TiledMLP", "Float8", "NVFP4", "CP")) or row["compile"] or "Muon" in str(row["optimizer"]):
+        return RULE_4
+    if "AMP" in told and row["method"] == "full":
+        return "4: autocast over fp32 weights"
+    if row["method"] != "full" and not (row["lora"] or {}).get("r"):
+        return "2: the adapters' rank is not given"
+    if find_known(published.hub_id(row)) is None:
+        return "5: a model whose geometry the launcher does not ship"
     return None
+
+
+def _why_not_titan(row: Row) -> str | None:
+    if row["compile"] or "Float8" in f"{row['notes']} {row['weight_dtype']}" or "CP" in str(row["sharding"]):
+        return RULE_4
+    told = row["sharding"] == "FSDP2" and "per-op" in str(row["grad_ckpt"]) and "8B" in row["model"]
+    return None if told else "3: torchtitan otherwise than Llama 8B under FSDP2 with selective checkpointing"
+
+
+OTHER_MODELS = ("NeMo", "torchtune", "Unsloth", "Megatron")
+"""Frameworks whose models are not transformers', or run on kernels of their own."""
+
+
+def _why_not_litgpt(row: Row) -> str | None:
+    if row["method"] == "full":
+        return "3: LitGPT's full fine-tuning, whose optimizer the reading does not tell"
+    if not (row["lora"] or {}).get("r"):
+        return "3: LitGPT's other methods"
+    if row["n_gpus"] > 1:
+        return "3: LitGPT shards by FSDP, whose buffers and gathering are others"
+    return None if row["model"] in litgpt.MODELS else "5: a model whose geometry the launcher does not ship"
 
 
 def predict(row: Row) -> float:
     """Bytes of a scored reading."""
     if is_component(row):
         return COMPONENTS[row["model"].removeprefix("component:")](json.loads(row["notes"]), row["framework"])
-    return _predict_example(row) if row["source"] == "DeepSpeedExamples" else _predict_run(row)
+    if is_litgpt(row):
+        return litgpt.predict(litgpt.read(row))
+    if is_titan(row):
+        return torchtitan.predict(torchtitan.Run(tokens=row["micro_batch"] * row["seq_len"], ranks=row["n_gpus"]))
+    return _predict_example(row) if row["source"] == "DeepSpeedExamples" else published.predict(row, str(figure_of(row)))
 
 
 def _predict_example(row: Row) -> float:
@@ -93,49 +165,22 @@ def _predict_example(row: Row) -> float:
     return float(steady if "steady" in row["peak_metric"] else steady + (2 if low else 6) * max(groups))
 
 
-def _predict_run(row: Row) -> float:
-    """A fine-tuning under ZeRO-3 of a model that the launcher knows, on one GPU."""
-    from launcher.cluster import Cluster
-    from launcher.plan import memory
-    from launcher.plan.batch import BatchPlan
-    from launcher.plan.deepspeed import make_deepspeed_config
-    from launcher.plan.layout import Layout
-    from launcher.plan.shape import load_shape
-    from launcher.plan.source import locate_model
-    from launcher.recipe import Recipe
-
-    offload, kernels = str(row["offload"]), str(row["loss_kernel"])
-    places = {"offload_optimizer": "optimizer=cpu" in offload, "offload_param": "param=cpu" in offload}
-    loss: Any = "liger" if "Liger" in kernels else "plain"
-    recipe = Recipe.model_validate_json(json.dumps({
-        "name": "reading", "model": {"name_or_path": row["model"], "dtype": "bf16", "loss": loss}, "data": {"train": "x", "seq_len": row["seq_len"]},
-        "batch": {"global_batch_size": row["n_gpus"], "micro_batch_size": row["micro_batch"]}, "parallel": {"zero_stage": 3, **places},
-    }))  # fmt: skip
-    shape = load_shape(locate_model(row["model"], "/"), None)
-    layout = Layout(nodes=1, workers_per_node=row["n_gpus"], accelerator="cuda", backend="nccl", threads_per_worker=1, dtype="bf16",
-                    attn_implementation="flash_attention_2", liger_kernel=loss == "liger", zero_stage=3, zero_init=True, leaf_modules=True,
-                    gradient_checkpointing=bool(row["grad_ckpt"]), checkpoints_on_host="activation" in offload, loss=loss, **places)  # fmt: skip
-    batch = BatchPlan(global_batch_size=row["n_gpus"], micro_batch_size=row["micro_batch"], gradient_accumulation_steps=1,
-                      data_parallel_size=row["n_gpus"], seq_len=row["seq_len"])  # fmt: skip
-    cluster = Cluster(accelerator="cuda", device_memory=(141 if row["gpu"] == "H200" else 80) * GIB)
-    deepspeed = make_deepspeed_config(layout, batch, max_grad_norm=1.0, bucket=500_000_000, hidden_size=shape.hidden_size)
-    work = replace(memory.make_workload(recipe, shape, layout, batch), reentrant="transformers 4" in row["framework"])
-    plan = memory.predict_memory(recipe, shape, layout, batch, cluster, deepspeed=deepspeed, work=work,
-                                 expandable_segments="expandable_segments:True" in str(row["stack"]))  # fmt: skip
-    return float(plan.device("total" if figure_of(row) == "nvidia-smi" else figure_of(row)).p50)  # type: ignore[arg-type]
-
-
 def score(path: Path) -> tuple[list[Score], Counter[str]]:
     """Every reading that the rules let through, and how many each rule leaves out."""
     scores: list[Score] = []
     left_out: Counter[str] = Counter()
-    for row in (json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()):
+    for row in load_rows(path):
         reason = why_not(row)
         if reason is not None:
             left_out[reason] += 1
             continue
+        try:
+            predicted = predict(row)
+        except (LauncherError, LookupError) as problem:
+            left_out[f"6: its fields make no recipe ({problem})"] += 1
+            continue
         scores.append(Score(id=row["id"], grade=row["grade"], figure=str(figure_of(row)), measured=row["peak"] * UNITS[row["peak_unit"]],
-                            predicted=predict(row)))  # fmt: skip
+                            predicted=predicted))  # fmt: skip
     return scores, left_out
 
 
@@ -160,5 +205,21 @@ def describe(scores: list[Score], left_out: Counter[str]) -> str:
     return "\n".join(lines)
 
 
+def describe_unscored(path: Path) -> str:
+    """The readings that are left out, by the rule that leaves them out."""
+    by_reason: dict[str, list[Row]] = {}
+    for row in load_rows(path):
+        reason = why_not(row)
+        if reason is not None:
+            by_reason.setdefault(reason, []).append(row)
+    lines = []
+    for reason, rows in sorted(by_reason.items()):
+        lines.append(f"rule {reason}: {len(rows)}")
+        lines += [f"    {row['id']:45s} {row['grade']}  {row['peak']:>9} {row['peak_unit']:9s} {row['source']}" for row in rows]
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    print(describe(*score(Path(sys.argv[1]) if len(sys.argv) > 1 else READINGS)))
+    given = [word for word in sys.argv[1:] if word != "--unscored"]
+    place = Path(given[0]) if given else READINGS
+    print(describe_unscored(place) if "--unscored" in sys.argv else describe(*score(place)))

@@ -1,16 +1,18 @@
 """From a fault to the next step, and what is lost: lepton-launch beside plain Ray Train with HF Trainer, on the same four hosts.
 
-    python benchmarks/recovery.py [--rounds 2] [--out benchmarks/results/recovery-cpu.json]      (as root)
+    python benchmarks/recovery.py [--rounds 2] [--fault "worker killed"] [--system lepton-launch] [--out ...]      (as root)
 
 The hosts are network namespaces of this machine (tests/cluster/hosts.py), so times are this machine's. For each fault a run
 trains until it has stepped for a while, the fault strikes, and we wait for the next step of a new group. Both save every
 SAVE_EVERY steps. `lost_steps` are steps that had been taken and were taken again; `lost_commits` is how many saves that
-had been reported were not resumed from.
+had been reported were not resumed from. The hosts know the names of each other's addresses, as with any working DNS: without
+(--no-names), torch waits 10 s for one in each new process that connects (pytorch#159007).
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -28,13 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests/cluster"), str(ROOT)]
 
 from commands import Attached, environment, events_of, lepton, run_folder, wait_until, write_recipe  # noqa: E402
-from hosts import STORAGE, Host  # noqa: E402
+from hosts import STORAGE, Host, has_open  # noqa: E402
 from rayhosts import RayHosts, open_cluster  # noqa: E402
 from tiny import write_conversations, write_model  # noqa: E402
 
 STEPS, SAVE_EVERY, STRIKE_AT_S = 100_000, 20, 60.0
 """The fault strikes when the run has stepped for so long: spares are up by then, as they are in any run that lasts."""
 
+MEASURED = ("seconds_to_step", "lost_steps", "lost_commits")
 OUR_WORKER, THEIR_WORKER = "ray::Worker", "RayTrainWorker"
 
 
@@ -51,10 +54,6 @@ def kill_workers(host: Host, pattern: str) -> None:
     assert pids, f"no {pattern} on {host.name}"
     for pid in pids:
         os.kill(pid, signal.SIGKILL)
-
-
-def has_open(pid: int, part: str) -> bool:
-    return any(part in os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink())
 
 
 def kill_a_worker(hosts: RayHosts, pattern: str) -> None:
@@ -88,7 +87,9 @@ def ours(hosts: RayHosts, folder: Path, name: str, fault: Callable[[RayHosts, st
         return max((event["step"] for event in events_of(run) if event["event"] == "checkpoint"), default=0)
 
     try:
-        return measure(hosts, steps, committed, lambda: fault(hosts, OUR_WORKER))
+        found = measure(hosts, steps, committed, lambda: fault(hosts, OUR_WORKER))
+        told = json.loads(lepton(hosts.address, "status", name, "--json").stdout)
+        return {**found, "stages_s": {stage: round(seconds, 2) for stage, seconds in told["recovery_stages_s"].items()}}
     finally:
         attached.process.kill()
         lepton(hosts.address, "stop", name, "--grace", "5s")
@@ -123,6 +124,12 @@ def theirs(hosts: RayHosts, folder: Path, name: str, fault: Callable[[RayHosts, 
         wait_until(lambda: client.get_job_status(job).is_terminal(), 60, "the job ends")
 
 
+SYSTEMS: dict[str, Callable[[RayHosts, Path, str, Callable[[RayHosts, str], None]], dict[str, Any]]] = {
+    "lepton-launch": ours,
+    "Ray Train + HF Trainer": theirs,
+}
+
+
 def measure(hosts: RayHosts, steps: Callable[[], list[Step]], committed: Callable[[], int], strike: Callable[[], None]) -> dict[str, Any]:
     wait_until(lambda: len(steps()) > 2 and steps()[-1].time - steps()[0].time > STRIKE_AT_S, 240, "the run steps")
     before, saved, struck = steps()[-1], committed(), time.time()  # ours takes back what was not committed: read it now
@@ -140,25 +147,33 @@ def measure(hosts: RayHosts, steps: Callable[[], list[Step]], committed: Callabl
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--rounds", type=int, default=2)
+    options.add_argument("--fault", action="append", choices=list(FAULTS), help="only this one")
+    options.add_argument("--system", action="append", choices=list(SYSTEMS), help="only this one; what the others came to stays in --out")
+    options.add_argument("--no-names", action="store_true", help="a network on which nobody tells the name of an address")
     options.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/recovery-cpu.json")
     chosen = options.parse_args()
     os.environ |= {name: value for name, value in environment().items() if name.startswith("RAY_")} | {"RAY_AUTH_MODE": "token"}
     results: dict[str, dict[str, list[Any]]] = {}
+    if (chosen.fault or chosen.system) and chosen.out.exists():
+        results = json.loads(chosen.out.read_text())["rounds"]
+    faults, systems = chosen.fault or list(FAULTS), chosen.system or list(SYSTEMS)
+    for fault, who in itertools.product(faults, systems):
+        results.setdefault(fault, {})[who] = []
     with tempfile.TemporaryDirectory(prefix="recovery-") as made:
         folder = Path(made)
         tiny = folder / "tiny"
         write_model(tiny / "model")
         write_conversations(tiny / "train.jsonl", 200, seed=1)
         write_conversations(tiny / "eval.jsonl", 20, seed=2)
-        with open_cluster(folder / "hosts", tiny) as hosts:
+        with open_cluster(folder / "hosts", tiny, names=not chosen.no_names) as hosts:
             for number in range(chosen.rounds):
-                for fault, strike in FAULTS.items():
-                    for who, run in (("lepton-launch", ours), ("Ray Train + HF Trainer", theirs)):
-                        hosts.wait_for_nodes(4)
-                        found = run(hosts, folder, f"r{number}-{fault.replace(' ', '-')}", strike)
-                        results.setdefault(fault, {}).setdefault(who, []).append(found)
-                        print(f"{fault:<20} {who:<24} {found}", flush=True)
-                        write_results(results, chosen.out)  # each time: what is measured stays, should the rest not come to its end
+                for fault, who in itertools.product(faults, systems):
+                    hosts.wait_for_nodes(4)
+                    load = round(os.getloadavg()[0], 1)
+                    found = {**SYSTEMS[who](hosts, folder, f"r{number}-{fault.replace(' ', '-')}", FAULTS[fault]), "load_before": load}
+                    results[fault][who].append(found)
+                    print(f"{fault:<20} {who:<24} {found}", flush=True)
+                    write_results(results, chosen.out)  # each time: what is measured stays, should the rest not come to its end
     print(json.dumps(json.loads(chosen.out.read_text())["median"], indent=2))
 
 
@@ -166,10 +181,10 @@ def write_results(results: dict[str, Any], out: Path) -> None:
     from launcher.versions import read_versions
 
     medians = {
-        fault: {who: {key: statistics.median(one[key] for one in found) for key in found[0]} for who, found in of.items()}
+        fault: {who: {key: statistics.median(one[key] for one in found) for key in MEASURED} for who, found in of.items() if found}
         for fault, of in results.items()
     }
-    facts = {"machine": platform.platform(), "cores": os.cpu_count(), "versions": read_versions(), "save_every_steps": SAVE_EVERY, "strike_at_s": STRIKE_AT_S, "load": os.getloadavg(),
+    facts = {"machine": platform.platform(), "cores": os.cpu_count(), "versions": read_versions(), "save_every_steps": SAVE_EVERY, "strike_at_s": STRIKE_AT_S,
              "median": medians, "rounds": results}  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(facts, indent=2) + "\n")

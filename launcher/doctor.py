@@ -296,9 +296,14 @@ def list_abilities() -> list[Ability]:
     bf16_gpu = bool(gpus) and gpus[0][2] >= 8.0
     return [
         Ability(
-            what="full, freeze and LoRA; ZeRO 0 to 3; offload",
+            what="full, freeze and LoRA; ZeRO 0 to 3; offload to host memory",
             works=True,
             why=f"on {len(gpus)} GPU{'s' if len(gpus) > 1 else ''}" if gpus else "on the CPU, over gloo",
+        ),
+        Ability(
+            what="offload to NVMe",
+            works=False,
+            why="a dry run plans it (parallel.nvme_path), and a run refuses: its checkpoints read states in memory",
         ),
         Ability(
             what="QLoRA in 4 and 8 bits",

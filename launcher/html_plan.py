@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 980, 430, 64, 16, 30, 56
 PALETTE = (
     "#2f5fa8", "#5b8bd0", "#8fb4e6", "#b9d2f2", "#a03a6b", "#c86a9b", "#e39fc3", "#f0c6dc", "#2f7d5b", "#5aa985", "#c98a1b", "#e3b55c",
-    "#f0d79d", "#7a7f87", "#9ba0a8", "#bcc0c6", "#d3d6da", "#e4e6e9",
+    "#f0d79d", "#7a7f87", "#9ba0a8", "#bcc0c6", "#d3d6da", "#e4e6e9", "#8d6cab", "#4f9da6", "#6b7d3a",
 )  # fmt: skip
 """A colour a component, in the order of COMPONENTS."""
 STYLE = """

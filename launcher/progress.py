@@ -204,6 +204,12 @@ def _step_facts(event: Event) -> str:
     return "  ".join(facts)
 
 
+def _describe_recovery(event: Event) -> str:
+    again = f"{event['steps_again']} steps are taken again" if event["steps_again"] != 1 else "one step is taken again"
+    stages = ", ".join(f"{name} {seconds:.1f}" for name, seconds in event["stages_s"].items() if seconds >= 0.05)
+    return f"recovered in {event['recovery_s']:.1f} s ({stages}); {again}"
+
+
 _DESCRIBE: dict[str, Callable[[Event], str]] = {
     "phase": lambda event: f"{event['name']} ...",
     "data": _describe_data,
@@ -224,6 +230,7 @@ _DESCRIBE: dict[str, Callable[[Event], str]] = {
     "note": lambda event: str(event["text"]),
     "waiting": lambda event: f"waiting for nodes: {event['text']} ({format_duration(event['left_s'])} left)",
     "restart": lambda event: f"restarting: {event['text']}",
+    "recovered": _describe_recovery,
     "log": lambda event: "" if event.get("quiet") else f"[{event['origin']}] {event['text']}",
 }
 

@@ -138,8 +138,8 @@ class Data(Spec):
     """Hold out this share of the training set instead of naming a held-out set."""
     seq_len: PositiveInt = 1024
     """Length in tokens that examples are packed to, and the longest an example may be."""
-    packing: bool = True
-    """Put several examples into one sequence; none attends to another."""
+    packing: bool | Auto = "auto"
+    """Put several examples into one sequence; none attends to another. auto does so where the model's code keeps them apart."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Which tokens carry loss: those of the answers, or all."""
     too_long: Literal["error", "drop", "truncate"] = "error"
@@ -237,9 +237,11 @@ class Memory(Spec):
     def _with_unit(cls, value: Any) -> Any:
         if value is not None:
             try:
-                make_bytes(str(value))
+                size = make_bytes(str(value))
             except ValueError:
                 raise ValueError("should be a size with its unit, such as 24GiB or 80GB") from None
+            if size < 1:
+                raise ValueError("should be a size above 0, such as 24GiB or 80GB")
         return value
 
     @property

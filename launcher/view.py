@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from launcher.errors import Interrupted, LauncherError
 from launcher.progress import Summary, describe_change, format_loss, format_perplexity, printable
 from launcher.run import Event, RunFolder
 from launcher.units import format_bytes, format_count, format_duration
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from launcher.doctor import Ability, Finding
-    from launcher.errors import LauncherError
     from launcher.job.submit import Job
     from launcher.plan import Plan
     from launcher.train.inspect import Bin, ShownData
@@ -36,7 +36,8 @@ def print_error(error: LauncherError, stream: TextIO) -> None:
     from rich.text import Text
 
     console = make_console(stream)
-    console.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
+    label = ("", "") if isinstance(error, Interrupted) else ("error: ", "bold red")  # who pressed Ctrl-C did nothing wrong
+    console.print(Text.assemble(label, error.message), soft_wrap=True)
     if error.remedy:
         console.print(Text.assemble(("  → ", "bold green"), error.remedy), soft_wrap=True)
 
@@ -244,7 +245,7 @@ def print_status(job: Job, progress: dict[str, Any], stream: TextIO) -> None:
         ("state", job.state.lower() + (f", {progress['doing']}" if progress["doing"] and not job.is_over else "")),
         ("steps", steps + (f", loss {format_loss(progress['loss'])}" if progress["step"] else "")),
         ("committed", "nothing yet" if progress["committed"] is None else f"step {progress['committed']}"),
-        ("restarts", str(progress["restarts"])),
+        ("restarts", str(progress["restarts"]) + (f", the last took {progress['recovery_s']:.1f} s" if progress["recovery_s"] else "")),
         ("started", f"{_format_time(job.started)}, {_format_span(job)} ago" if not job.is_over else f"{_format_time(job.started)}, took {_format_span(job)}"),
         ("folder", progress["folder"]),
         ("ended with", progress["ended_with"]),

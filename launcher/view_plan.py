@@ -205,6 +205,11 @@ def describe_rest(plan: Plan, speed: Speed | None) -> list[tuple[str, str]]:
             "disk",
             f"{format_bytes(disk.run_folder_bytes)} for the run folder: a checkpoint {format_bytes(disk.checkpoint_bytes)}, kept ones"
             f" {format_bytes(disk.kept_checkpoints_bytes)}, the exported model {format_bytes(disk.export_bytes)}"
+            + (
+                f"; {format_bytes(disk.merged_bytes)} more for a merge, which comes after the run and is not judged"
+                if disk.merged_bytes
+                else ""
+            )
             + (f"; {format_bytes(disk.nvme_bytes)} of offloaded states on each machine's NVMe disk" if disk.nvme_bytes else ""),
         ),
         (

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import Result
 from typer.testing import CliRunner
 
 from launcher.cli import app
@@ -32,7 +34,7 @@ def test_a_config_without_a_field_names_the_field(missing: str) -> None:
      ({"model_type": "qwen3_moe", "num_experts": 4}, "has no num_experts_per_tok, which a qwen3_moe needs"),
      ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}, "has no moe_intermediate_size, which a qwen3_moe needs"),
      ({"model_type": "t5", "d_model": 64, "num_layers": 2, "num_heads": 4}, "has no d_ff, which a t5 needs"),
-     ({"vocab_size": True}, "vocab_size is True")],
+     ({"vocab_size": True}, "vocab_size is True"), ({"num_hidden_layers": 10_000_000}, "no model has more than 10000")],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_numbers_that_do_not_go_together(changes: dict[str, Any], problem: str) -> None:
@@ -41,16 +43,8 @@ def test_numbers_that_do_not_go_together(changes: dict[str, Any], problem: str) 
     assert problem in str(caught.value) and caught.value.remedy
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [(["--gpu", "h10-80gb"], "no such device in the catalogue"), (["--gpu", "h10-80gb"], "did you mean h100-80gb"),
-     (["--budget", "24"], "'24' is not a size"), (["memory.budget=24"], "24 should be a size with its unit, such as 24GiB"),
-     (["data.seq_len=65"], "65 is longer than the model's 64 positions"),
-     (["--gpus-per-node", "8"], "2 is not divisible by 8 ranks: each takes a row at least"),
-     (["--gpus-per-node", "8"], "use 8, or another number of workers")],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)  # fmt: skip
-def test_the_command_line_says_what_is_wrong(tmp_path: Path, arguments: list[str], expected: str) -> None:
+def dry_run(tmp_path: Path, *arguments: str) -> Result:
+    """Of a tiny Llama, on an H100 where the arguments name no GPU."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "t.jsonl").write_text('{"text": "one two three"}\n')
@@ -58,6 +52,34 @@ def test_the_command_line_says_what_is_wrong(tmp_path: Path, arguments: list[str
         f"name: p\nmodel: {{name_or_path: {tmp_path}}}\ndata: {{train: t.jsonl, seq_len: 64}}\nbatch: {{global_batch_size: 2}}\n"
     )
     gpu = [] if "--gpu" in arguments else ["--gpu", "h100-80gb"]
-    outcome = CliRunner().invoke(app, [str(tmp_path / "r.yaml"), "--dry-run", *gpu, *arguments])
-    assert outcome.exception is not None
-    assert expected in f"{outcome.exception}{outcome.output}".replace("\n", " ")
+    return CliRunner().invoke(app, [str(tmp_path / "r.yaml"), "--dry-run", *gpu, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [(["--gpu", "h10-80gb"], "no such device in the catalogue"), (["--gpu", "h10-80gb"], "did you mean h100-80gb"),
+     (["--budget", "24"], "'24' is not a size"), (["memory.budget=24"], "24 should be a size with its unit, such as 24GiB"),
+     (["--budget", "0GiB"], "should be a size above 0"), (["--sweep", "seq_len=8,16", "seq_len=32"], "data.seq_len: is there twice"),
+     (["--sweep", "seq_len=8,16", "--html", "x.html"], "are of one plan"), (["--sweep", "seq_len=a,b"], "'a' should be a valid integer"),
+     (["--nodes", "0"], "--nodes 0: a number of machines"), (["batch.micro_batch_size=2", "batch.global_batch_size=5"], "2 does not divide"),
+     (["--html", "/nonexistent/x.html"], "cannot be written"), (["parallel.nvme_path=/x"], "needs ZeRO stage 3"),
+     (["data.seq_len=65"], "65 is longer than the model's 64 positions"),
+     (["--gpus-per-node", "8"], "2 is not divisible by 8 ranks: each takes a row at least"),
+     (["--gpus-per-node", "8"], "use 8, or another number of workers")],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)  # fmt: skip
+def test_the_command_line_says_what_is_wrong(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    outcome = dry_run(tmp_path, *arguments)
+    said = re.sub(r"[│\s]+", " ", f"{outcome.exception}{outcome.output}")
+    assert outcome.exit_code != 0 and expected in said
+
+
+def test_a_budget_above_what_the_device_has_is_the_devices(tmp_path: Path) -> None:
+    outcome = dry_run(tmp_path, "--budget", "100TiB", "--json")
+    document = json.loads(outcome.stdout)
+    assert document["budget_bytes"] < 80 << 30 and any("100TiB is more than a NVIDIA H100" in note for note in document["notes"])
+
+
+def test_an_absurd_batch_is_answered_at_once(tmp_path: Path) -> None:
+    outcome = dry_run(tmp_path, "batch.global_batch_size=1000000000", "batch.micro_batch_size=1000000000")
+    assert outcome.exit_code == 3 and "DOES NOT FIT" in outcome.output

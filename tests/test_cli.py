@@ -184,7 +184,9 @@ def test_the_recipe_in_the_run_folder_reads(recipe: Path, jobs: list[Plan]) -> N
     from launcher.recipe import load_recipe
 
     invoke(recipe)
-    assert load_recipe(Path("runs/tiny/recipe.yaml")) == jobs[0].recipe
+    given = load_recipe(Path("runs/tiny/recipe.yaml"))
+    assert given.data.packing == "auto", "as it was given; the job has what the plan settled"
+    assert given.model_copy(update={"data": given.data.model_copy(update={"packing": True})}) == jobs[0].recipe
 
 
 def test_a_second_run_has_a_folder_of_its_own(recipe: Path, jobs: list[Plan]) -> None:

@@ -21,12 +21,14 @@ from launcher import view_plan
 from launcher.errors import BudgetError
 from launcher.gallery import list_recipes
 from launcher.html_plan import draw_timeline, make_page
-from launcher.plan import make_plan
-from launcher.plan.budget import COMPONENTS, Component, Phase
+from launcher.plan.budget import COMPONENTS, PHASES, Component, Phase
 from launcher.plan.devices import find_device, make_cluster
-from launcher.plan.dry_run import DryRun, make_dry_run
+from launcher.plan.dry_run import DryRun, make_document, make_dry_run
+from launcher.plan.plan import make_explained_plan
 from launcher.recipe import Recipe
 from launcher.units import GIB
+
+ROOT = Path(__file__).parent.parent
 
 
 def dry_run_of(gpu: str = "a100-40gb", each: int = 4, *, explain: bool = False, **sections: Any) -> DryRun:
@@ -37,7 +39,8 @@ def dry_run_of(gpu: str = "a100-40gb", each: int = 4, *, explain: bool = False, 
     }
     recipe = Recipe.model_validate_json(json.dumps(base | sections))
     cluster = make_cluster(find_device(gpu), nodes=1, gpus_per_node=each)
-    return make_dry_run(recipe, make_plan(recipe, cluster, base_dir="/r", run_dir="/runs/p"), explain=explain)
+    plan, choice = make_explained_plan(recipe, cluster, base_dir="/r", run_dir="/runs/p")
+    return make_dry_run(plan, choice if explain else None)
 
 
 FITS: dict[str, Any] = {"gpu": "h200", "method": {"kind": "lora"}}
@@ -158,6 +161,28 @@ def test_the_picture_has_every_component_at_its_height() -> None:
 
 
 # ------------------------------------------------------------------------------------------------- the command
+
+
+def test_the_document_is_the_documented_one() -> None:
+    """Every key of --json is in docs/plan.md's table and every key there is in it, phases down to their components."""
+    dry = dry_run_of(explain=True, method={"kind": "qlora"}, data={"train": "hub://a/b", "seq_len": 4096, "eval_fraction": 0.1})
+    document = make_document(dry)
+    table = (ROOT / "docs/plan.md").read_text().split("## The document")[1].split("\n## ")[0]
+    documented: set[str] = set()
+    for line in table.splitlines():
+        if line.startswith("| `"):
+            parent = ""
+            for key in re.findall(r"`([\w.]+)`", line.split("|")[1]):
+                parent = key.partition(".")[0] if not key.startswith(".") else parent
+                documented.add(parent + key if key.startswith(".") else key)
+    found = {f"{key}.{inner}" if key in ("device", "host", "disk", "network") else key
+             for key, value in document.items() for inner in (value if isinstance(value, dict) else ("",))}  # fmt: skip
+    assert found == documented
+    assert [phase["name"] for phase in document["phases"]] == list(PHASES), "on a GPU with adapters on a quantised base all of them"
+    for phase in (*document["phases"], *document["host"]["phases"]):
+        assert set(phase) == {"name", "allocated_bytes", "reserved_bytes", "total_bytes", "components"}
+        assert all(set(part) == {"name", "bytes", "provenance", "error", "counts_in"} for part in phase["components"])
+        assert {part["name"] for part in phase["components"]} <= set(COMPONENTS)
 
 
 def test_exit_codes_and_the_document_of_each_verdict() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launcher.errors import ClusterError, NotFinite, Stopped
+from launcher.errors import ClusterError, DataError, NotFinite, Stopped
 from launcher.job import submit
 from launcher.job.messages import MARK, make_result
 from launcher.job.submit import find_job, follow, list_jobs, load_end, load_progress
@@ -112,8 +112,21 @@ def test_a_cluster_that_was_started_anew_knows_no_run() -> None:
 def test_runs_are_told_from_other_jobs_and_found_by_name_or_id() -> None:
     client: Any = Jobs([])
     assert [job.run for job in list_jobs(client)] == ["tiny"]
-    for name in ("tiny", "lepton-tiny-1", "tiny-1"):
+    for name in ("tiny", "lepton-tiny-1", "tiny-1", "/mnt/runs/tiny"):
         assert find_job(client, name).submission_id == "lepton-tiny-1"
+    with pytest.raises(DataError, match="knows no run tin"):  # a part of a name could be another run's: stop must not guess
+        find_job(client, "tin")
+
+
+def test_a_run_whose_driver_has_said_nothing_yet_has_a_status() -> None:
+    client: Any = Jobs([], cuts=[1])
+    progress = load_progress(client, find_job(client, "tiny"))
+    assert (progress["folder"], progress["step"], progress["committed"]) == ("/mnt/runs/tiny", 0, None)
+
+
+def test_a_commit_tells_of_steps_that_were_not_told() -> None:
+    client: Any = Jobs(lines_of(*STEPS[:3], {"event": "checkpoint", "step": 4}), cuts=[1])
+    assert load_progress(client, find_job(client, "tiny"))["step"] == 4
 
 
 def test_progress_is_what_the_driver_said() -> None:
@@ -125,5 +138,5 @@ def test_progress_is_what_the_driver_said() -> None:
     client: Any = Jobs(lines_of(*events), cuts=[1])
     progress = load_progress(client, find_job(client, "tiny"))
     assert progress == {"folder": "/mnt/runs/tiny-2", "step": 3, "total_steps": 5, "loss": STEPS[2]["loss"], "committed": 2, "restarts": 1,
-                        "doing": "starting workers", "ended_with": ""}  # fmt: skip
+                        "recovery_s": None, "recovery_stages_s": {}, "doing": "starting workers", "ended_with": ""}  # fmt: skip
     assert load_end(client, find_job(client, "tiny")) is None

@@ -103,6 +103,30 @@ def test_merging_qlora_into_the_original_base_would_be_another_model(runs: dict[
     assert (logits_of(original) - as_trained(folder, load_plan(folder.plan))).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("name", ["qlora", "int8"])
+def test_a_base_is_merged_as_transformers_quantises_it(name: str, runs: dict[str, RunFolder]) -> None:
+    """Weights are turned one at a time, and equal those of a base that was quantised and unpacked whole."""
+    from launcher.train.model import load_base, make_quantization
+    from launcher.train.shard import find_quantised, round_as_quantised
+
+    plan = load_plan(runs[name].plan)
+    whole = load_base(plan, "cpu").dequantize().state_dict()
+    base = load_base(plan, "cpu", dense=True)
+    for linear in find_quantised(base):
+        round_as_quantised(linear, make_quantization(plan.recipe.method, torch.float32), "cpu")
+    assert all(torch.equal(weight, whole[weight_name]) for weight_name, weight in base.state_dict().items())
+
+
+def test_a_merge_larger_than_the_machines_memory_is_refused(
+    runs: dict[str, RunFolder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launcher.train import merge as merging
+
+    monkeypatch.setattr(merging, "find_host_memory", lambda: 1000)
+    with pytest.raises(BudgetError, match="in memory .* and this machine has 1000 B"):
+        merge_run(runs["lora"], tmp_path / "merged")
+
+
 def test_an_8_bit_run_merges_into_what_its_weights_were(runs: dict[str, RunFolder]) -> None:
     folder = runs["int8"]
     plan = load_plan(folder.plan)

@@ -41,6 +41,11 @@ def test_a_traceback_is_one_message_and_a_bar_its_last_state() -> None:
     ]
 
 
+def test_the_remedy_of_an_error_belongs_to_its_traceback() -> None:
+    traceback = "Traceback (most recent call last):\n  File 'x', line 1\nlauncher.errors.DataError: no rows\n  → name another file"
+    assert split_lines(f"{traceback}\nafter\n  → not of a traceback\n") == [traceback, "after", "  → not of a traceback"]
+
+
 def test_what_all_ranks_say_is_said_once() -> None:
     merger = Merger()
     for rank in (2, 0, 1):

@@ -10,6 +10,7 @@ import pytest
 from launcher.errors import RecipeError
 from launcher.plan import Plan, make_plan
 from launcher.plan.devices import find_device, make_cluster
+from launcher.plan.evaluating import TEMPLATE_TOKENS
 from launcher.plan.losses import LOSS_CHUNK
 from launcher.plan.states import NVME_BUFFER, NVME_IN_MEMORY
 from launcher.recipe import OptimName, Recipe, find_conflicts
@@ -115,4 +116,49 @@ def test_streams_of_their_own_reserve_on_top() -> None:
 def test_a_run_can_be_resumed_in_what_it_was_started_in() -> None:
     plan = plan_on(recipe_of(LLAMA_8B, method={"kind": "lora"}, batch={"global_batch_size": 8, "micro_batch_size": 1}))
     sizes = {phase.name: phase.total_bytes for phase in plan.memory.phases}
-    assert 0 < sizes["resume"] < sizes["optimizer step"] and any(note.startswith("merge: afterwards") for note in plan.memory.notes)
+    assert 0 < sizes["resume"] < sizes["optimizer step"]
+
+
+# ------------------------------------------------------------------------------------------------- evaluation, and the merge that comes after
+
+
+def evaluation_of(**sections: Any) -> dict[str, int]:
+    plan = plan_on(recipe_of(SMALL, data={"eval_fraction": 0.1, "seq_len": 512}, **sections), 1, 1)
+    found = next(phase for phase in plan.memory.phases if phase.name == "evaluation")
+    return {part.name: part.bytes for part in found.components}
+
+
+def test_an_evaluation_is_of_its_own_micro_batch() -> None:
+    small, large = (evaluation_of(evaluate={"micro_batch_size": rows})["logits and loss"] for rows in (1, 16))
+    assert large == pytest.approx(16 * small, rel=0.01)
+
+
+def test_answers_to_sample_prompts_keep_keys_and_values() -> None:
+    """30 layers, 3 key-value heads of 64, bf16: as many tokens as the prompt has bytes and a template, the answer, and a layer once more."""
+    rows = {"micro_batch_size": 1}
+    few = evaluation_of(evaluate={"samples": ["Who?"], "max_new_tokens": 8, **rows})
+    assert "KV cache" not in few, "the held-out loss needs more"
+    found = evaluation_of(evaluate={"samples": ["x" * 4000], "max_new_tokens": 2000, **rows}, model={"loss": "chunked"})
+    assert found["KV cache"] == (30 + 1) * 2 * 3 * 64 * (4000 + TEMPLATE_TOKENS + 2000) * 2
+
+
+def test_a_run_that_evaluates_nothing_has_no_such_phase() -> None:
+    assert "evaluation" not in {phase.name for phase in plan_on(recipe_of(SMALL), 1, 1).memory.phases}
+
+
+@pytest.mark.parametrize("kind", ["lora", "qlora"])
+def test_a_merge_is_a_phase_of_its_own_that_is_not_judged(kind: str) -> None:
+    memory = plan_on(recipe_of(LLAMA_8B, method={"kind": kind}, batch={"global_batch_size": 8, "micro_batch_size": 1})).memory
+    (merge,) = (phase for phase in memory.host_phases if phase.name == "merge")
+    held = {part.name: part.bytes for part in merge.components}
+    assert held["weights"] == memory.disk.merged_bytes == 2 * 8_030_261_248
+    assert held["merge workspace"] == 4096 * 14336 * (2 + 4 + 4), "a copy of the largest weight, and the adapters' product twice in fp32"
+    assert memory.host_decisive.name != "merge" and memory.host.p50 < merge.total_bytes
+    on_device = [phase for phase in memory.phases if phase.name == "merge"]
+    assert bool(on_device) == (kind == "qlora"), "a GPU turns a quantised base's weights, one at a time"
+    assert memory.decisive_phase != "merge" and memory.from_dict(memory.to_dict()) == memory
+
+
+def test_what_every_weight_trains_has_nothing_to_merge() -> None:
+    memory = plan_on(recipe_of(SMALL)).memory
+    assert "merge" not in {phase.name for phase in (*memory.phases, *memory.host_phases)} and memory.disk.merged_bytes == 0

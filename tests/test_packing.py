@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import time
@@ -235,6 +236,7 @@ LEAKING: dict[str, Any] = {
     "Falcon": {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4},
     "Bloom": {"vocab_size": VOCAB_SIZE, "hidden_size": 64, "n_layer": 2, "n_head": 4},
     "Lfm2": GROUPED | {"layer_types": ["conv", "full_attention"]},
+    "GptOss": GROUPED | {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 4},
 }
 
 
@@ -286,6 +288,23 @@ def test_check_packing_passes(name: str) -> None:
 def test_check_packing_refuses(name: str) -> None:
     with pytest.raises(ModelError, match=f"{name.upper() if name == 'OPT' else name}ForCausalLM lets .*\n.*data.packing"):
         check_packing(build_model(name, "eager"))
+
+
+def test_gpt_oss_sees_an_example_alone_once_packing_is_off() -> None:
+    """Packed it sees the one before, which is why `auto` does not pack it; padded behind the example it sees nothing but it."""
+    model = build_model("GptOss", "eager")
+    rng = np.random.default_rng(0)
+    first, second = make_sample(rng, [7]), make_sample(rng, [5])
+    packed = Sample(*(np.concatenate(pair) for pair in zip(dataclasses.astuple(first), dataclasses.astuple(second), strict=True)))
+
+    def logits_of(*samples: Sample) -> torch.Tensor:
+        with torch.no_grad():
+            logits: torch.Tensor = model(**without_labels(collate(samples, PAD_ID)), use_cache=False).logits
+        return logits
+
+    alone = logits_of(second)[0]
+    assert (logits_of(packed)[0, 7:] - alone).abs().max() > 1e-2
+    assert (logits_of(first, second)[1, :5] - alone).abs().max() < 1e-5
 
 
 @pytest.mark.parametrize("name", ["Llama", "GPT2"])

@@ -206,17 +206,25 @@ def test_ranks_and_cores(model: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "sharded"),
-    [({"kind": "full"}, True), ({"kind": "lora"}, True), ({"kind": "lora", "init": "pissa"}, False), ({"kind": "lora", "dora": True}, False),
-     ({"kind": "qlora"}, True), ({"kind": "qlora", "bits": 8}, False)],
+    "method",
+    [{"kind": "full"}, {"kind": "lora"}, {"kind": "lora", "init": "pissa"}, {"kind": "lora", "dora": True}, {"kind": "qlora"},
+     {"kind": "qlora", "bits": 8}],
     ids=str,
 )  # fmt: skip
-def test_zero_3_starts_sharded_where_the_method_can(method: dict[str, Any], sharded: bool, model: Path) -> None:
+def test_zero_3_starts_sharded_whatever_the_method(method: dict[str, Any], model: Path) -> None:
     plan = plan_of(model, method=method, parallel={"zero_stage": 3})
-    assert plan.layout.zero_init == sharded and plan.layout.leaf_modules
-    assert any("every rank loads the whole model" in note for note in plan.notes) != sharded
+    assert plan.layout.zero_init and plan.layout.leaf_modules
     assert not plan_of(model, method=method, parallel={"zero_stage": 2}).layout.zero_init
     assert not plan_of(model, method=method, parallel={"zero_stage": 3, "leaf_modules": False}).layout.leaf_modules
+
+
+def test_dora_on_4_bits_is_not_sharded_on_a_cpu(model: Path) -> None:
+    """peft puts a new parameter in the place of a shard there; on a GPU it does not."""
+    method = {"kind": "qlora", "dora": True}
+    with pytest.raises(RecipeError, match=r"method\.dora.*shard on a CPU"):
+        plan_of(model, method=method, parallel={"zero_stage": 3})
+    assert plan_of(model, A100, method=method, parallel={"zero_stage": 3}).layout.zero_init
+    assert plan_of(model, method=method, parallel={"zero_stage": "auto"}).layout.zero_stage in (1, 2)
 
 
 def test_sequences_longer_than_the_model_are_refused(model: Path) -> None:

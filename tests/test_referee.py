@@ -7,19 +7,25 @@ runs transformers' code, peft's and the launcher's own loss; the plan has never 
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 from architectures import config_of
 
 from launcher.plan.decoder import CLOSED_FORMS
+from launcher.plan.losses import changes_logits
 from launcher.plan.shape import shape_of_config
 from launcher.plan.step import run_step
 from launcher.plan.workload import MethodFacts, Workload
+from launcher.train import profiling
 from launcher.train.profiling import trace_layers
+from launcher.train.trace import _Kernels
 
 FULL = MethodFacts(trains="all")
 LORA = MethodFacts(trains="adapters", r=4)
@@ -98,6 +104,26 @@ def test_every_closed_form(kind: str, method: MethodFacts, checkpointing: Any, a
     assert_equal(kind, workload(kind, changes=sizes, **facts), changes=sizes)
 
 
+class OnHost(torch.autograd.graph.saved_tensors_hooks):
+    """Stands in for torch's save_on_cpu, which would copy values: what is packed leaves the device, and comes back as a new tensor."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(lambda tensor: (tensor.size(), tensor.dtype), lambda told: torch.empty(told[0], dtype=told[1], device="meta"))
+
+
+@pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt2", "qwen3_moe", "phi"])
+def test_checkpoints_on_the_host(kind: str, method: MethodFacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offloading(model: Any, device: Any) -> None:
+        kept = {"use_reentrant": False, "context_fn": lambda: (nullcontext(), _Kernels(device))}
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kept, offload=True)
+
+    monkeypatch.setattr(profiling, "checkpoint_as_on", offloading)
+    monkeypatch.setattr(transformers.modeling_utils, "save_on_cpu", OnHost)
+    for sizes in (None, OTHER_SIZES):
+        assert_equal(kind, workload(kind, changes=sizes, method=adapt(kind, method), checkpointing="offload"), changes=sizes)
+
+
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "bert"])
@@ -164,6 +190,17 @@ def test_batches(rows: int, columns: int, kept: int) -> None:
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 def test_what_a_configuration_turns_on(kind: str, changes: dict[str, Any], checkpointing: Any) -> None:
     assert_equal(kind, workload(kind, changes=changes, checkpointing=checkpointing), changes=changes)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunked_loss_of_every_kind(kind: str) -> None:
+    """Method × checkpointing × chunks × device, where the head can give the loss (the plan refuses it elsewhere)."""
+    if changes_logits(workload(kind).shape.config):
+        pytest.skip("its logits are changed after the head")
+    for method, checkpointing, rows, device in product((FULL, LORA, FREEZE), ("on", "off"), (1, 3), ("cuda", "cpu")):
+        facts = {"method": adapt(kind, method), "checkpointing": checkpointing, "micro_batch_size": rows, "device": device}
+        assert_equal(kind, workload(kind, loss="chunked", **facts))
 
 
 @pytest.mark.long

@@ -156,7 +156,7 @@ def test_more_machines_are_suggested_where_they_help() -> None:
     recipe = recipe_of(batch={"global_batch_size": 64, "micro_batch_size": 1}, parallel={"zero_stage": 3})
     cluster = on("rtx-4090", each=4)
     assert plan_of(recipe, cluster).memory.verdict == "DOES NOT FIT"
-    dry = make_dry_run(recipe, plan_of(recipe, cluster), explain=False)
+    dry = make_dry_run(plan_of(recipe, cluster))
     assert dry.nodes_that_fit in (2, 4, 8, 16)
     assert plan_of(recipe, cluster.model_copy(update={"nodes": dry.nodes_that_fit})).memory.verdict == "FITS"
     assert suggest_nodes(recipe, cluster, lambda wider: None) is None
@@ -165,7 +165,7 @@ def test_more_machines_are_suggested_where_they_help() -> None:
 def test_the_document_of_a_dry_run_has_what_is_promised() -> None:
     recipe = recipe_of(**ALL_AUTO)
     plan = plan_of(recipe, on("a100-40gb"))
-    document = json.loads(json.dumps(make_document(make_dry_run(recipe, plan, explain=True))))
+    document = json.loads(json.dumps(make_document(make_dry_run(plan, make_choice(recipe, plan.shape, plan.cluster)))))
     assert document["schema_version"] == 1 and document["verdict"] in ("FITS", "TIGHT", "DOES NOT FIT")
     assert {f"{figure}_bytes" for figure in ("allocated", "reserved", "total")} == set(document["device"])
     assert all(set(figure) == {"p50", "p95"} and figure["p50"] <= figure["p95"] for figure in document["device"].values())
@@ -243,7 +243,7 @@ EVERYTHING_AUTO: dict[str, Any] = {
 def test_thousands_of_candidates_are_considered_and_the_document_says_how_many() -> None:
     recipe = recipe_of(**EVERYTHING_AUTO, batch={"global_batch_size": 1440}, data={"train": "hub://x/y", "seq_len": 1024})
     plan = plan_of(recipe, on("rtx-4090", each=8))
-    document = make_document(make_dry_run(recipe, plan, explain=True))
+    document = make_document(make_dry_run(plan, make_choice(recipe, plan.shape, plan.cluster)))
     assert plan.memory.verdict == "FITS" and document["candidates_total"] >= 2000
     assert document["candidates_considered"] == len(document["candidates"]) <= document["candidates_total"]
     assert all(c["device_total_bytes_p95"] or c["device_bytes_at_least"] > plan.memory.budget for c in document["candidates"])

@@ -127,12 +127,14 @@ def test_a_quantised_base(bits: int, double_quant: bool, tiny: Path, tmp_path: P
     assert steady(plan) == pytest.approx(found["after"]["step 2"], rel=0.01)
 
 
-def test_a_4_bit_model_is_sharded_as_it_loads(tiny: Path, tmp_path: Path, two_ranks: Ranks) -> None:
-    """Two ranks, ZeRO-3: once loaded, each holds its part of the packed weights and nothing of the other's."""
-    sections: dict[str, Any] = {"method": {"kind": "qlora"}, "model": {"name_or_path": str(tiny / "model"), "dtype": "bf16"}}
+@pytest.mark.parametrize("method", [{"kind": "qlora", "bits": 4}, {"kind": "qlora", "bits": 8}, {"kind": "lora", "dora": True},
+                                    {"kind": "lora", "init": "pissa"}], ids=str)  # fmt: skip
+def test_a_model_is_sharded_as_it_loads(method: dict[str, Any], tiny: Path, tmp_path: Path, two_ranks: Ranks) -> None:
+    """Two ranks, ZeRO-3: once loaded, and after steps, each holds its part of the base's weights and nothing of the other's."""
+    sections: dict[str, Any] = {"method": method, "model": {"name_or_path": str(tiny / "model"), "dtype": "bf16"}}
     plan, found = measured(two_ranks, tiny, tmp_path / "run", parallel={"zero_stage": 3}, **sections)
     load = phases_of(plan)["load"]
     # Adapters are whole until the engine shards them.
     adapters = next(part.bytes for part in load.components if part.name == "adapters")
-    assert tensors(load, "gathered parameters") + adapters == pytest.approx(found["after"]["load"], rel=0.05)
+    assert tensors(load, "gathered parameters", "step workspace") + adapters == pytest.approx(found["after"]["load"], rel=0.05)
     assert steady(plan) == pytest.approx(found["after"]["step 2"], rel=0.02)

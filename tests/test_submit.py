@@ -16,7 +16,7 @@ from launcher.cluster import Cluster, RayOptions, locate_cluster, make_node_rang
 from launcher.errors import ClusterError, DataError, Fault, LauncherError, OutOfMemory, RecipeError
 from launcher.job import package
 from launcher.job.client import NodeFacts, describe_access, describe_cluster, open_client
-from launcher.job.driver import find_sizes, resize
+from launcher.job.driver import begin, find_sizes, resize
 from launcher.job.messages import MARK, Speaker, make_error, make_result, read_message
 from launcher.job.package import Order, build_package, find_own_files, load_order, load_secrets
 from launcher.job.submit import make_submission_id
@@ -75,6 +75,15 @@ def test_an_order_without_a_plan_is_planned_where_it_arrives(tiny: Path) -> None
     plan = order_of(tiny).make_plan()
     assert plan.layout.nodes == 2 and plan.run_dir == "/mnt/runs/tiny"
     assert dataclasses.replace(order_of(tiny), plan=plan.to_dict()).make_plan() == plan
+
+
+def test_what_a_cluster_runs_has_no_auto_left(tiny: Path, tmp_path: Path) -> None:
+    """The workers read the recipe from the plan: what auto became must be in it, not what was asked for."""
+    asked = make_recipe(tiny, output_dir=str(tmp_path), parallel={"zero_stage": "auto"}, memory={"gradient_checkpointing": "auto"})
+    plan, _ = begin(dataclasses.replace(order_of(tiny), recipe=asked.model_dump(mode="json")))
+    assert asked.data.packing == "auto" and plan.recipe.data.packing is True
+    assert isinstance(plan.recipe.parallel.zero_stage, int) and isinstance(plan.recipe.memory.gradient_checkpointing, bool)
+    assert plan.run_dir == str(tmp_path / "tiny")
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,22 @@ def test_a_run_of_such_a_model_is_refused_before_it_starts() -> None:
 def test_what_a_user_may_not_expect_is_said() -> None:
     assert "sees the words it is to predict" in notes_of(plan_of("google-bert/bert-base-uncased"))
     gpt_oss = notes_of(plan_of("openai/gpt-oss-20b", method={"kind": "lora", "target_modules": ["q_proj"]}))
-    assert "gives a gpt_oss no positions" in gpt_oss and "the files are mxfp4; counted in bf16" in gpt_oss
+    assert (
+        "packing: off, because transformers 5.23 gives a gpt_oss no positions" in gpt_oss
+        and "the files are mxfp4; counted in bf16" in gpt_oss
+    )
     assert "no positions" not in notes_of(plan_of("openai/gpt-oss-20b", data={"train": "t.jsonl", "seq_len": 64, "packing": False}))
+    assert plan_of("HuggingFaceTB/SmolLM2-135M").recipe.data.packing is True
     assert "quantised already (mxfp4)" in notes_of(plan_of("openai/gpt-oss-20b", method={"kind": "qlora"}))
     assert "Llama 4's router" in notes_of(plan_of("meta-llama/Llama-4-Scout-17B-16E-Instruct", method={"kind": "lora"}))
+
+
+@pytest.mark.parametrize(
+    ("model", "remedy"), [("openai/gpt-oss-20b", "false$"), ("google-bert/bert-base-uncased", "or use flash_attention_2$")]
+)
+def test_packs_that_would_leak_are_refused(model: str, remedy: str) -> None:
+    with pytest.raises(RecipeError, match=r"data\.packing"):
+        plan_of(model, data={"train": "t.jsonl", "seq_len": 64, "packing": True})
 
 
 def test_peft_cannot_wrap_the_router_of_llama_4() -> None:

@@ -50,7 +50,7 @@ def run_on_cluster(
     recipe = recipe.model_copy(update={"output_dir": choose_storage(recipe, cluster)})
     plan = _try_plan(recipe, cluster, str(path.parent.resolve()))
     if plan and dry_run:
-        show_dry_run(recipe, plan, explain=False, html=None, as_json=as_json)
+        show_dry_run(plan, as_json=as_json)
         return
     if plan:
         print_plan(plan, told)
@@ -236,12 +236,22 @@ def logs(
     client, _ = _open(cluster)
     job = find_job(client, run)
     if not follow:
-        for event in load_events(client, job):
+        events = load_events(client, job)
+        if rank is not None:
+            _check_rank(job, events, rank)
+        for event in events:
             show(event)
         return
     error = follow_job(client, job.submission_id, show)
     if error is not None:
         raise error
+
+
+def _check_rank(job: Job, events: list[Event], rank: int) -> None:
+    """Raises DataError for a rank that no group of the run has had."""
+    sizes = [event["plan"]["layout"]["world_size"] for event in events if event["event"] == "plan"]
+    if sizes and rank >= max(sizes):
+        raise DataError(f"{job.run} has no rank {rank}", f"its ranks are 0 to {max(sizes) - 1}")
 
 
 @app.command()

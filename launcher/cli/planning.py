@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from launcher.plan.dry_run import DryRun
     from launcher.plan.profile import StepProfile
     from launcher.plan.shape import ModelShape
+    from launcher.plan.solve import Choice
     from launcher.plan.workload import Workload
-    from launcher.recipe import Recipe
 
 DOES_NOT_FIT = BudgetError.exit_code
 
@@ -90,13 +90,13 @@ def choose_planned_cluster(gpu: str, nodes: int | None, gpus_per_node: int | Non
     return find_local_cluster(gpus_per_node, "cuda").model_copy(update={"nodes": nodes or 1})
 
 
-def show_dry_run(recipe: Recipe, plan: Plan, *, explain: bool, html: Path | None, as_json: bool) -> None:
+def show_dry_run(plan: Plan, choice: Choice | None = None, *, html: Path | None = None, as_json: bool) -> None:
     """Print (and write) the dry run of a plan; exit 3 where it does not fit."""
     from launcher.plan.dry_run import make_document, make_dry_run
     from launcher.view import print_plan
     from launcher.view_plan import print_dry_run
 
-    dry = make_dry_run(recipe, plan, explain=explain)
+    dry = make_dry_run(plan, choice)
     if html is not None:
         _write_page(dry, html)
     if as_json:
@@ -160,7 +160,7 @@ def show_sweep(
     *,
     as_json: bool,
 ) -> None:
-    """Print what fits where: a row each combination of the axes' values."""
+    """Print what fits where: a row each combination of the axes' values. Exit 2 where none of them can be planned."""
     from launcher.plan.dry_run import estimate_plan
     from launcher.plan.speed import Speed
     from launcher.plan.sweep import MACHINES, make_sweep, read_axis
@@ -192,3 +192,5 @@ def show_sweep(
         print_json({"schema_version": 1, "axes": [axis.name for axis in read], "rows": rows})
     else:
         print_sweep(cells, [axis.name for axis in read], sys.stdout)
+    if all(cell.plan is None for cell in cells):
+        raise typer.Exit(RecipeError.exit_code)

@@ -35,7 +35,7 @@ def data(
 
     path = locate_named_recipe(recipe)
     loaded = load_recipe(path, tuple(overrides or ()))
-    plan = make_checked_plan(loaded, path, choose_cluster(None, None, None, None), Path(loaded.output_dir) / loaded.name)
+    plan, _ = make_checked_plan(loaded, path, choose_cluster(None, None, None, None), Path(loaded.output_dir) / loaded.name)
     shown = inspect_data(plan, rows)
     if as_json:
         print_json(dataclasses.asdict(shown))

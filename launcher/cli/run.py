@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from launcher.cluster import Cluster
     from launcher.job.package import GoingOn
     from launcher.plan import Plan
+    from launcher.plan.solve import Choice as Considered
     from launcher.recipe import Recipe
     from launcher.resuming import Choice
     from launcher.run import RunFolder
@@ -90,12 +91,14 @@ def run(
         )
 
     if sweep:
+        if html or explain:
+            raise typer.BadParameter("--sweep prints a table, or with --json its rows; --html and --explain are of one plan")
         axes = [*sweep, *(change for change in changes if is_axis(change))]
         kept = tuple(change for change in changes if not is_axis(change))
 
         def plan_with(more: tuple[str, ...], where: Cluster) -> Plan:
             varied = load_recipe(path, kept + more)
-            return make_checked_plan(varied, path, where, Path(varied.output_dir).absolute() / varied.name, trace=trace)
+            return make_checked_plan(varied, path, where, Path(varied.output_dir).absolute() / varied.name, trace=trace)[0]
 
         show_sweep(axes, plan_with, cluster_of, as_json=as_json)
         return
@@ -108,10 +111,10 @@ def run(
         run_on_cluster(loaded, path, changes, chosen, each, going_on, dry_run=dry_run, detach=detach, as_json=as_json)
         return
     choice = choose_run(loaded, fresh=fresh or resume is not None)
-    plan = make_checked_plan(loaded, path, chosen, choice.path, trace=trace)
+    plan, considered = make_checked_plan(loaded, path, chosen, choice.path, trace=trace)
     plan = continue_plan(plan, choice, resume=resume, allow_changed=tuple(allow_changed or ()))
     if dry_run:
-        show_dry_run(loaded, plan, explain=explain, html=html, as_json=as_json)
+        show_dry_run(plan, considered if explain else None, html=html, as_json=as_json)
         return
     _run_plan(plan, choice, path, changes, as_json=as_json, check=check_fits)
 
@@ -224,17 +227,17 @@ def is_elsewhere(cluster: Cluster, dry_run: bool) -> bool:
     return not (dry_run and {"device_memory", "host_memory"} <= cluster.model_fields_set)
 
 
-def make_checked_plan(recipe: Recipe, path: Path, cluster: Cluster, run_path: Path, *, trace: bool = False) -> Plan:
-    """The plan of a recipe whose data has been looked at too: all that can be wrong before long work."""
+def make_checked_plan(recipe: Recipe, path: Path, cluster: Cluster, run_path: Path, *, trace: bool = False) -> tuple[Plan, Considered]:
+    """The plan of a recipe whose data has been looked at too, all that can be wrong before long work, and what its autos were chosen among."""
     from launcher.cli.planning import MetaTracer
     from launcher.data.check import check_data
-    from launcher.plan import make_plan
+    from launcher.plan.plan import make_explained_plan
 
-    plan = make_plan(
+    plan, considered = make_explained_plan(
         recipe, cluster, base_dir=str(path.parent.resolve()), run_dir=str(run_path), tracer=MetaTracer(asked=trace), trace=trace
     )
     check_data(recipe.data, plan.base_dir, has_chat_template=plan.shape.has_chat_template)
-    return plan
+    return plan, considered
 
 
 def _fill_run_folder(folder: RunFolder, plan: Plan, recipe_path: Path, overrides: tuple[str, ...]) -> None:

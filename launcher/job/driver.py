@@ -31,6 +31,7 @@ from launcher.job.messages import Speaker, make_result
 from launcher.job.package import GIVEN, Order, load_order, load_secrets
 from launcher.job.policy import Failure, GiveUp, count_failure, decide
 from launcher.job.preflight import check_reports, meeting_folder
+from launcher.job.recovery import Recovery
 from launcher.job.worker import News
 from launcher.plan import Plan, make_plan
 from launcher.resuming import Choice, choose_run, continue_plan, open_run_folder
@@ -52,7 +53,7 @@ def main() -> None:
     order, secrets = load_order(Path.cwd()), load_secrets(Path.cwd())
     speaker, wish = Speaker(), StopWish(sys.argv[1])
     try:
-        plan, choice = _begin(order)
+        plan, choice = begin(order)
         speaker.say({"event": "plan", "plan": plan.to_dict()})
         if not order.dry_run:
             _run(plan, choice, secrets, speaker, wish)
@@ -66,11 +67,11 @@ def main() -> None:
     speaker.say(make_result(None))
 
 
-def _begin(order: Order) -> tuple[Plan, Choice]:
+def begin(order: Order) -> tuple[Plan, Choice]:
     """The plan, and the run folder it goes on in: the unfinished run's of that name, or a new one."""
     recipe = order.load_recipe()
     choice = choose_run(recipe, fresh=order.fresh or bool(order.resume))
-    plan = dataclasses.replace(order.make_plan(), recipe=recipe, run_dir=str(choice.path))
+    plan = dataclasses.replace(order.make_plan(), run_dir=str(choice.path))  # its recipe has no auto left
     return continue_plan(plan, choice, resume=order.resume or None, allow_changed=order.allow_changed), choice
 
 
@@ -150,26 +151,26 @@ class Supervisor:
         self.held: set[str] = set()
         self.leaving = ""
         self.looked_at = self.roomy_since = 0.0
+        self.recovery: Recovery | None = None
 
     def run(self) -> None:
         """Raises what ended the run, if it is not done."""
         while not self._run_placed():
-            self.speaker.say({"event": "phase", "name": "looking for nodes"})
+            self._say({"event": "phase", "name": "looking for nodes"})
 
-    def _after(self, failure: Failure) -> None:
+    def _after(self, failure: Failure, alive_at: float) -> None:
         """Return to try again; raises what the run ends with."""
         if isinstance(failure.error, Stopped) or self.wish.asked_at is not None:
             if self.wish.asked_at is not None:
                 raise failure.error if isinstance(failure.error, Stopped) else Stopped(_stopped_anyway(failure)) from None
-            self.speaker.say(
-                {"event": "note", "text": f"{self.leaving}: the run saved at step {self.committed or failure.step} and goes on"}
-            )
+            self._say({"event": "note", "text": f"{self.leaving}: the run saved at step {self.committed or failure.step} and goes on"})
             return
         self.failures = count_failure(self.failures, failure)
         decision = decide(self.failures)
         if isinstance(decision, GiveUp):
             raise decision.error
-        self.speaker.say({"event": "restart", "text": decision.why, "step": failure.step, "committed": failure.committed})
+        self.recovery = self.recovery or Recovery(alive_at, failure.step)
+        self._say({"event": "restart", "text": decision.why, "step": failure.step, "committed": failure.committed})
         deadline = time.monotonic() + decision.pause_s
         while time.monotonic() < deadline:
             self._check_wish()
@@ -190,7 +191,7 @@ class Supervisor:
                         self._run_group(plan, seats)
                         return True
                     except GroupFailed as failed:
-                        self._after(dataclasses.replace(failed.failure, committed=self.committed))
+                        self._after(dataclasses.replace(failed.failure, committed=self.committed), failed.alive_at)
                         if self.leaving or not self._nodes_are_there():
                             return False
             finally:
@@ -199,15 +200,16 @@ class Supervisor:
 
     def _run_group(self, plan: Plan, seats: list[dict[str, Any]]) -> None:
         """One group, from its start to its end, on nodes that are held."""
-        self.speaker.say({"event": "phase", "name": "starting workers"})
+        self._say({"event": "phase", "name": "starting workers"})
         spares, self.spares = self.spares, []
         group = start_workers(self.ray, plan, seats, self.secrets, spares, self._nodes_are_there)
         self.leaving, self.roomy_since = "", 0.0
         try:
-            self.speaker.say({"event": "note", "text": f"workers: {describe_places(group.hosts)}"})
+            self._say({"event": "note", "text": f"workers: {describe_places(group.hosts)}"})
             with naming_losses(group):
                 self._look_at_nodes(plan, group)
             plan.save(self.folder.plan)
+            self._say({"event": "phase", "name": "forming the group"})
             run_group(self.ray, group, plan, self._show, partial(self._hear, group), partial(self._watch, plan, seats))
         finally:
             self._say_lines(group, time.monotonic() + HOLD_S)
@@ -219,7 +221,7 @@ class Supervisor:
 
     def _look_at_nodes(self, plan: Plan, group: Group) -> None:
         """Preflight: every node answers for itself before anything trains on it."""
-        self.speaker.say({"event": "phase", "name": "looking at the nodes"})
+        self._say({"event": "phase", "name": "looking at the nodes"})
         nonce = random.token_hex(4)
         folder = meeting_folder(plan, nonce)
         folder.mkdir()
@@ -232,17 +234,23 @@ class Supervisor:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _tell_waiting(self, missing: str, left_s: float) -> None:
-        self.speaker.say({"event": "waiting", "text": missing, "left_s": left_s})
+        self._say({"event": "waiting", "text": missing, "left_s": left_s})
 
     def _check_wish(self) -> None:
         self.wish.look()
         if self.wish.asked_at is not None:
             raise Stopped("stopped before it trained", "the same command starts it again")
 
+    def _say(self, event: Event) -> None:
+        self.speaker.say(event)
+        if self.recovery and (recovered := self.recovery.note(event, time.monotonic())):
+            self.recovery = None
+            self.speaker.say(recovered)
+
     def _show(self, event: Event) -> None:
         if event["event"] == "checkpoint":
             self.committed = max(self.committed, int(event["step"]))
-        self.speaker.say(event)
+        self._say(event)
 
     def _hear(self, group: Group, rank: int, news: News) -> None:
         """Pass on what workers print, once for all that print the same."""
@@ -251,12 +259,12 @@ class Supervisor:
         self._say_lines(group, now)
         if news.noise:
             text, origin = "\n".join(news.noise), format_origin((rank,), dict(enumerate(group.hosts)))
-            self.speaker.say({"event": "log", "origin": origin, "ranks": (rank,), "text": text, "quiet": True})
+            self._say({"event": "log", "origin": origin, "ranks": (rank,), "text": text, "quiet": True})
 
     def _say_lines(self, group: Group, now: float) -> None:
         hosts = dict(enumerate(group.hosts))
         for line in self.merger.take(now):
-            self.speaker.say({"event": "log", "origin": format_origin(line.ranks, hosts), "ranks": line.ranks, "text": line.text})
+            self._say({"event": "log", "origin": format_origin(line.ranks, hosts), "ranks": line.ranks, "text": line.text})
 
     def _watch(self, plan: Plan, seats: list[dict[str, Any]], group: Group) -> None:
         """At each turn while a group trains: does somebody, or the cluster, want it to save and end?"""
@@ -294,7 +302,7 @@ class Supervisor:
         if self.leaving:
             return
         self.leaving = why
-        self.speaker.say({"event": "note", "text": f"{why}: saving"})
+        self._say({"event": "note", "text": f"{why}: saving"})
         ask_to_stop(group)
 
 

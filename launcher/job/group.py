@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ START_TIMEOUT_S = 120.0
 POLL_S = 0.25
 FELLOW_ERRORS_S = 3.0
 """After the first rank fails, how long the others may still say why: the cause often speaks second."""
+SPARES_ANSWER_S = 3.0
 OTHERS_EVERY_S = 1.0
 SILENT_S = 5.0
 """A worker that does not answer for so long, when the group has stalled, is the one that hangs."""
@@ -29,11 +30,11 @@ NODE_GONE = ("node died", "node is dead", "node has been", "node was", "drained"
 
 
 class GroupFailed(Exception):
-    """A worker group ended before its work was done."""
+    """A worker group ended before its work was done. `alive_at` (s, monotonic) is when it last gave a sign of life."""
 
-    def __init__(self, failure: Failure) -> None:
+    def __init__(self, failure: Failure, alive_at: float | None = None) -> None:
         super().__init__(failure)
-        self.failure = failure
+        self.failure, self.alive_at = failure, time.monotonic() if alive_at is None else alive_at
 
 
 @dataclass
@@ -75,12 +76,13 @@ def start_workers(
     spares: Sequence[Any] = (),
     still_there: Callable[[], bool] = lambda: True,
 ) -> Group:
-    """An actor a rank; `seats` holds Ray's options that say where each goes. `spares`, if there are any, take over instead.
+    """An actor a rank; `seats` holds Ray's options that say where each goes. Of `spares`, those that live take over instead.
 
     Raises GroupFailed where one is lost, or `still_there` says that its node is; ClusterError where one does not start.
     """
     actor = ray.remote(**worker_options(plan))(Worker)
-    workers = list(spares) or [actor.options(**seat).remote(rank, secrets) for rank, seat in enumerate(seats)]
+    living = _find_living(ray, spares)
+    workers = [living.get(rank) or actor.options(**seat).remote(rank, secrets) for rank, seat in enumerate(seats)]
     group, deadline = Group(workers, []), time.monotonic() + START_TIMEOUT_S
     waiting = asked = [worker.locate.remote() for worker in workers]
     try:
@@ -102,15 +104,29 @@ def start_workers(
         raise
 
 
+def _find_living(ray: Any, spares: Sequence[Any]) -> dict[int, Any]:
+    """The spares, by rank, that what ended the group has left; one that does not answer, as on a host that hangs, is ended."""
+    asked = {spare.locate.options(concurrency_group="control").remote(): rank for rank, spare in enumerate(spares)}
+    ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=SPARES_ANSWER_S) if asked else ([], [])
+    living = {}
+    for ref in ready:
+        with suppress(ray.exceptions.RayError):
+            ray.get(ref)
+            living[asked[ref]] = spares[asked[ref]]
+    end_workers(ray, [spare for rank, spare in enumerate(spares) if rank not in living])
+    return living
+
+
 def start_spares(ray: Any, plan: Plan, seats: list[dict[str, Any]], secrets: dict[str, str], group: Group) -> list[Any]:
-    """A second actor a rank, on the same node and devices, that has imported what training needs and waits.
+    """A second actor a rank, on the same node and devices, that imports what rank 0 has come to need and waits.
 
     It takes none of Ray's resources and, until it trains, no memory of a device.
     """
     actor = ray.remote(**{**worker_options(plan), "num_cpus": 0, "num_gpus": 0})(Worker)
     spares = [actor.options(**seat).remote(rank, secrets) for rank, seat in enumerate(seats)]
+    modules = group.workers[0].list_modules.options(concurrency_group="control").remote()  # goes from there to the spares: not waited for
     for spare, place in zip(spares, group.places, strict=True):
-        spare.warm_up.remote(plan, place.devices)
+        spare.warm_up.remote(plan, place.devices, modules)
     return spares
 
 
@@ -151,9 +167,10 @@ def run_group(ray: Any, group: Group, plan: Plan, show: Callable[[Event], None],
         watch(group)
         failures = [failure for ref in done if (failure := _failure_of(ray, ref, running.pop(ref), group))]
         if failures:
+            alive_at = group.moved_at
             failures = _fellow_failures(ray, running, group, failures)
             _hear_rest(ray, group, asked, show, hear, within_s=1.0)
-            raise GroupFailed(find_cause(failures))
+            raise GroupFailed(find_cause(failures), alive_at)
         _check_moving(group, plan, asked)
     _hear_rest(ray, group, asked, show, hear, within_s=10.0)
 
@@ -220,11 +237,9 @@ def _check_moving(group: Group, plan: Plan, asked: dict[Any, tuple[int, float]])
         f"no progress for {limit_s:.0f} s after step {group.step}: {what}",
         "where each rank was is in the run's logs/; ray.stall_timeout_s in the cluster file sets the patience",
     )
-    raise GroupFailed(
-        Failure(
-            error=error, kind="hung", rank=silent[0] if silent else None, host=group.hosts[silent[0]] if silent else "", step=group.step
-        )
-    )
+    first = silent[0] if silent else None
+    host = "" if first is None else group.hosts[first]
+    raise GroupFailed(Failure(error=error, kind="hung", rank=first, host=host, step=group.step), group.moved_at)
 
 
 def _failure_of(ray: Any, ref: Any, rank: int, group: Group) -> Failure | None:
@@ -259,7 +274,7 @@ def _name_ray_error(error: Any, where: str) -> tuple[LauncherError, Kind]:
         if any(sign in reason for sign in NODE_GONE):
             return TrainingError(f"{where} was lost with its node", "see that the node is up and `ray start` runs on it"), "node lost"
         remedy = "see the end of its file in the run's logs/; a kill by the kernel (out of memory) leaves no trace there"
-        return TrainingError(f"the process of {where} died: {_first_line(cause)}", remedy), "worker died"
+        return TrainingError(f"the process of {where} died", remedy), "worker died"
     if isinstance(cause, exceptions.RayError):
         return ClusterError(f"{where}: {_first_line(cause)}", "Ray's dashboard and its logs on that node say more"), "node lost"
     return TrainingError(f"{where}: {cause!r}", "the traceback is in the run's logs/"), "error"

@@ -12,6 +12,9 @@ from dataclasses import dataclass, field
 HOLD_S = 1.0
 """How long a line waits for other ranks to say the same."""
 
+REMEDY = "  → "
+"""How the second line of an error of ours begins (errors.py)."""
+
 _NOISE = re.compile(
     "|".join(
         (
@@ -56,6 +59,8 @@ def split_lines(text: str) -> list[str]:
         elif inside:
             messages[-1] += "\n" + line
             inside = line.startswith((" ", "\t")) or not line
+        elif line.startswith(REMEDY) and messages and messages[-1].startswith("Traceback"):
+            messages[-1] += "\n" + line
         elif line:
             messages.append(line)
     return messages

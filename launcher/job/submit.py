@@ -91,10 +91,10 @@ def _read_job(details: Any) -> Job:
 
 
 def find_job(client: JobSubmissionClient, name: str) -> Job:
-    """The newest job of a run, by its name, its submission id or the start of that. Raises DataError."""
+    """The newest job of a run, by its name, its folder, its submission id or what that has after `lepton-`. Raises DataError."""
     jobs = list_jobs(client)
     for job in jobs:
-        if name in (job.run, job.submission_id) or job.submission_id.startswith(PREFIX + name):
+        if name in (job.run, job.folder, job.submission_id, job.submission_id.removeprefix(PREFIX)):
             return job
     names = ", ".join(dict.fromkeys(job.run for job in jobs))
     raise DataError(f"the cluster at {client.get_address()} knows no run {name}", f"it knows {names}" if names else "it knows no runs")
@@ -217,6 +217,7 @@ def _conclude(job: Job, result: Event | None, stray: list[str]) -> LauncherError
 
 def stop(client: JobSubmissionClient, job: Job, grace_s: float | None) -> None:
     """Ask a run to save and end; without `grace_s` its own grace counts."""
+    _quiet_ray()
     with naming_ray_errors(str(client.get_address())):
         if grace_s is not None:
             _tell(client, job, grace_s)
@@ -267,13 +268,16 @@ def find_result(events: list[Event]) -> Event | None:
 
 
 def load_progress(client: JobSubmissionClient, job: Job) -> dict[str, Any]:
-    """How far a run is, from what its driver said: step, loss, newest commit, restarts, phase, how it ended."""
+    """How far a run is, from what its driver said: step, loss, newest commit, restarts and how long the last took, phase, how it ended."""
     progress: dict[str, Any] = {
+        "folder": job.folder,
         "step": 0,
         "total_steps": None,
         "loss": None,
         "committed": None,
         "restarts": 0,
+        "recovery_s": None,
+        "recovery_stages_s": {},
         "doing": "",
         "ended_with": "",
     }
@@ -288,9 +292,11 @@ def load_progress(client: JobSubmissionClient, job: Job) -> dict[str, Any]:
         elif kind == "step":
             progress |= {"step": event["step"], "loss": event["loss"], "total_steps": event["total_steps"], "doing": "training"}
         elif kind == "checkpoint":
-            progress["committed"] = event["step"]
+            progress |= {"committed": event["step"], "step": max(progress["step"], event["step"])}  # not every step is told
         elif kind == "restart":
             progress["restarts"] += 1
+        elif kind == "recovered":
+            progress |= {"recovery_s": event["recovery_s"], "recovery_stages_s": event["stages_s"]}
         elif kind == "result" and event["exit_code"]:
             progress["ended_with"] = event["message"]
     return progress

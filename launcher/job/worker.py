@@ -11,12 +11,13 @@ import socket
 import sys
 import threading
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from launcher.errors import ClusterError
+from launcher.errors import ClusterError, Stopped
 from launcher.job.lines import is_noise, split_lines
 from launcher.job.preflight import NodeReport, make_report
 from launcher.plan import Plan
@@ -88,12 +89,25 @@ class Worker:
         host, port = self.listener.getsockname()[:2]
         return host, port
 
-    def warm_up(self, plan: Plan, devices: str | None) -> None:
-        """Import what training needs, so that a later `train` begins at once, on these GPUs: those of the worker it stands by for."""
+    def list_modules(self) -> list[str]:
+        """What this process has imported, in order: once it trains, all that training needs, which depends on model and method."""
+        return list(sys.modules)
+
+    def warm_up(self, plan: Plan, devices: str | None, modules: list[str]) -> None:
+        """Import what a worker that trains has imported, so that a later `train` begins at once, on these GPUs: those of the
+        worker it stands by for.
+        """
         if devices is not None:
             os.environ[VISIBLE] = devices
         os.environ |= {"OMP_NUM_THREADS": str(plan.layout.threads_per_worker), "DS_ACCELERATOR": plan.layout.accelerator}
         importlib.import_module(TRAINING_SIDE)
+        for name in modules:
+            if name not in sys.modules:
+                with suppress(ImportError):  # what a library made up as it ran is in no file
+                    importlib.import_module(name)
+        # torch asks for the name of the first address that it connects to, for its messages. Where no DNS answers this takes 10 s,
+        # once a process (pytorch#159007, torch 2.13): here and now, when nobody waits for it.
+        serve_store(socket.create_server((self.locate().address, 0)), world_size=1)
 
     def train(self, plan: Plan, address: tuple[str, int], hosts: tuple[str, ...]) -> None:
         """Run this rank to its end; `hosts` has the host of every rank. Raises LauncherError; all else is a defect, and in the log."""
@@ -107,6 +121,8 @@ class Worker:
             check_in(store, self.rank, hosts)
             me = side.Rank(rank=self.rank, local_rank=local_rank, world_size=plan.layout.world_size, store=store, hosts=hosts)
             side.run_rank(plan, me, show=self.events.append, stop_asked=self.stop.is_set)
+        except Stopped:
+            raise  # as it was asked to: no fault to look into
         except BaseException:
             traceback.print_exc()
             raise
@@ -159,19 +175,10 @@ class Worker:
 
     def _open_store(self, plan: Plan, address: tuple[str, int]) -> Any:
         """The group's key-value store: rank 0 serves it on the socket it reserved."""
+        if self.listener is not None:
+            return serve_store(self.listener, plan.layout.world_size)
         dist: Any = importlib.import_module("torch.distributed")
-        host, port = address
-        if self.listener is None:
-            return dist.TCPStore(host, port, plan.layout.world_size, is_master=False, timeout=STORE_TIMEOUT)
-        return dist.TCPStore(
-            host,
-            port,
-            plan.layout.world_size,
-            is_master=True,
-            wait_for_workers=False,
-            timeout=STORE_TIMEOUT,
-            master_listen_fd=self.listener.detach(),
-        )
+        return dist.TCPStore(*address, plan.layout.world_size, is_master=False, timeout=STORE_TIMEOUT)
 
     def _set_environment(self, plan: Plan, address: tuple[str, int]) -> None:
         """What libraries read from the environment, before they are imported."""
@@ -190,6 +197,15 @@ class Worker:
             "TOKENIZERS_PARALLELISM": "true" if local_rank == 0 else "false",
             "DS_ACCELERATOR": plan.layout.accelerator,
         }
+
+
+def serve_store(listener: socket.socket, world_size: int) -> Any:
+    """A group's key-value store, served on a socket that is bound already, and to one address."""
+    dist: Any = importlib.import_module("torch.distributed")
+    host, port = listener.getsockname()[:2]
+    return dist.TCPStore(
+        host, port, world_size, is_master=True, wait_for_workers=False, timeout=STORE_TIMEOUT, master_listen_fd=listener.detach()
+    )
 
 
 def describe_rank(host: str, secrets: dict[str, str]) -> str:

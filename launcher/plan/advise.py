@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.cluster import Cluster
+from launcher.plan.batch import list_divisors
 from launcher.plan.budget import MemoryPlan
 from launcher.plan.devices import Device
 from launcher.plan.layout import Layout, make_layout
@@ -54,7 +55,7 @@ def _list_steps(recipe: Recipe, layout: Layout) -> list[list[_Step]]:
     lists.append([_Step(changes={"memory.gradient_checkpointing": how}, grade=0) for how in checkpointing])
     if layout.loss == "plain":
         lists.append([_Step(changes={"model.loss": "chunked"}, grade=0)])
-    smaller = [size for size in range(1, _micro_of(recipe, layout)) if _micro_of(recipe, layout) % size == 0]
+    smaller = list_divisors(_micro_of(recipe, layout))[:-1]
     lists.append([_Step(changes={"batch.micro_batch_size": size}, grade=0) for size in dict.fromkeys(smaller[-1:] + smaller[:1])])
     parallel = [_Step(changes={"parallel.zero_stage": s}, grade=0) for s in (1, 2, 3) if s > stage and layout.world_size > 1]
     if not layout.offload_optimizer and optim in ("adamw", "sgd", "adafactor"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from launcher.errors import Fault, RecipeError
@@ -35,7 +36,13 @@ def check_batch(*, global_batch_size: int, micro_batch_size: int | str, ranks: i
     if micro_batch_size != "auto" and share % int(micro_batch_size):
         raise RecipeError([Fault("plan", "batch.micro_batch_size",
                                  f"{micro_batch_size} does not divide a rank's share {share} of batch.global_batch_size {global_batch_size} over {ranks} ranks",
-                                 f"use one of {', '.join(str(s) for s in range(1, share + 1) if share % s == 0)}, or auto")])  # fmt: skip
+                                 f"use one of {', '.join(map(str, list_divisors(share)))}, or auto")])  # fmt: skip
+
+
+def list_divisors(number: int) -> list[int]:
+    """What divides a number, the smallest first."""
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def list_micro_batches(batch: Batch, *, ranks: int, seq_len: int, accelerator: str) -> list[int]:
@@ -44,7 +51,7 @@ def list_micro_batches(batch: Batch, *, ranks: int, seq_len: int, accelerator: s
         return [batch.micro_batch_size]
     share = batch.global_batch_size // ranks
     most = MICRO_BATCH_TOKENS[accelerator]
-    return [size for size in range(share, 0, -1) if share % size == 0 and (size == 1 or size * seq_len <= most)]
+    return [size for size in reversed(list_divisors(share)) if size == 1 or size * seq_len <= most]
 
 
 def make_batch(*, global_batch_size: int, micro_batch_size: int, ranks: int, seq_len: int) -> BatchPlan:

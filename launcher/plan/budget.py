@@ -30,11 +30,13 @@ MARGIN = 0.03
 COMPONENTS = (
     "weights", "quantisation state", "adapters", "gathered parameters", "gradients", "fp32 master", "optimizer states", "buckets",
     "activation checkpoints", "activations", "logits and loss", "dequantisation workspace", "step workspace", "library workspace",
-    "allocator slack", "CUDA context", "NCCL", "libraries", "checkpoint staging",
+    "allocator slack", "CUDA context", "NCCL", "libraries", "checkpoint staging", "KV cache", "merge workspace",
 )  # fmt: skip
 """Names a device's component may have, in the order tables and pictures show them."""
 PHASES = ("load", "engine start", "forward", "loss", "backward", "reduce", "optimizer step", "evaluation", "save", "resume", "merge")
 """Names of the phases, in the order a run goes through them. A phase that a run does not have is left out."""
+MERGE = "merge"
+"""What `export --merge` takes where it is run. It comes after the run, and may be elsewhere: it has no part in verdict and figures."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,8 @@ class DiskNeed:
     """As many as the run keeps, and the one being written."""
     export_bytes: int
     """The exported model or adapter."""
+    merged_bytes: int = 0
+    """The whole model that `export --merge` writes, where it is asked for; 0 where there is nothing to merge."""
     nvme_bytes: int = 0
     """Offloaded states, on each machine's own NVMe disk."""
 
@@ -134,7 +138,12 @@ class MemoryPlan:
     @property
     def decisive(self) -> Phase:
         """The phase in which the device needs most. What is reserved stays reserved: of phases that hold as much, the one that uses most."""
-        return max(self.phases, key=lambda phase: (phase.total_bytes, phase.allocated_bytes))
+        return max(self.run_phases, key=lambda phase: (phase.total_bytes, phase.allocated_bytes))
+
+    @property
+    def run_phases(self) -> tuple[Phase, ...]:
+        """The phases of the run itself."""
+        return tuple(phase for phase in self.phases if phase.name != MERGE)
 
     @property
     def decisive_phase(self) -> str:
@@ -142,11 +151,11 @@ class MemoryPlan:
 
     @property
     def host_decisive(self) -> Phase:
-        return max(self.host_phases, key=lambda phase: phase.figure("total").p95)
+        return max((phase for phase in self.host_phases if phase.name != MERGE), key=lambda phase: phase.figure("total").p95)
 
     def device(self, name: FigureName) -> Figure:
         """The largest of a figure over the phases: each figure may have its own peak, as torch's counters have."""
-        figures = [phase.figure(name) for phase in self.phases]
+        figures = [phase.figure(name) for phase in self.run_phases]
         return Figure(p50=max(f.p50 for f in figures), p95=max(f.p95 for f in figures))
 
     @property
@@ -178,7 +187,7 @@ class MemoryPlan:
                      "decisive_phase": self.host_decisive.name, "phases": [_phase_dict(phase) for phase in self.host_phases]},
             "disk": {"checkpoint_bytes": self.disk.checkpoint_bytes, "kept_checkpoints_bytes": self.disk.kept_checkpoints_bytes,
                      "export_bytes": self.disk.export_bytes, "run_folder_bytes": self.disk.run_folder_bytes,
-                     "nvme_bytes": self.disk.nvme_bytes},
+                     "merged_bytes": self.disk.merged_bytes, "nvme_bytes": self.disk.nvme_bytes},
             "network": {"bytes_a_step_a_rank": self.network_bytes},
             "phases": [_phase_dict(phase) for phase in self.phases],
             "notes": list(self.notes),
@@ -194,7 +203,7 @@ class MemoryPlan:
             phases=tuple(_read_phase(phase) for phase in facts["phases"]),
             host_phases=tuple(_read_phase(phase) for phase in facts["host"]["phases"]),
             disk=DiskNeed(checkpoint_bytes=disk["checkpoint_bytes"], kept_checkpoints_bytes=disk["kept_checkpoints_bytes"],
-                          export_bytes=disk["export_bytes"], nvme_bytes=disk.get("nvme_bytes", 0)),
+                          export_bytes=disk["export_bytes"], merged_bytes=disk.get("merged_bytes", 0), nvme_bytes=disk.get("nvme_bytes", 0)),
             network_bytes=facts["network"]["bytes_a_step_a_rank"],
             budget=facts["budget_bytes"],
             host_budget=facts["host"]["budget_bytes"],

@@ -49,11 +49,11 @@ def load_devices() -> dict[str, Device]:
     return {facts["name"]: _make_device(facts) for facts in _read_catalogue()["devices"]}
 
 
-def load_cpu(cores: int, bf16: bool) -> Device:
+def load_cpu(cores: int, *, bf16: bool, amx: bool) -> Device:
     """So many cores of a CPU as one device; its memory is the machine's to say, and 0 here."""
-    rates = {key: value * cores for key, value in _read_catalogue()["cpu"].items() if key.startswith("tflops")}
-    facts = {**_read_catalogue()["cpu"], **rates, "name": "cpu", "smi": [], "aliases": [], "memory_mib": 0, "bf16": bf16}
-    return _make_device(facts)
+    core = _read_catalogue()["cpu"]
+    rates = {"tflops_fp32": core["tflops_fp32"] * cores, "tflops_16bit": core["tflops_amx" if amx else "tflops_16bit"] * cores}
+    return _make_device({**core, **rates, "name": "cpu", "smi": [], "aliases": [], "memory_mib": 0, "bf16": bf16})
 
 
 @functools.cache
@@ -110,7 +110,7 @@ def _is_called(device: Device, smi_name: str) -> bool:
 def find_device_of(cluster: Cluster) -> Device | None:
     """What a cluster computes on, with its rates; None for a GPU that the catalogue does not know."""
     if cluster.accelerator == "cpu":
-        return load_cpu(max(1, cluster.cpus_per_node // cluster.workers_per_node), cluster.bf16)
+        return load_cpu(max(1, cluster.cpus_per_node // cluster.workers_per_node), bf16=cluster.bf16, amx=cluster.amx)
     return find_device_called(cluster.device_name)
 
 

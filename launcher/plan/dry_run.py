@@ -10,10 +10,9 @@ from launcher.errors import RecipeError
 from launcher.plan.advise import Suggestion, suggest_nodes
 from launcher.plan.budget import MemoryPlan
 from launcher.plan.calibration import find_calibration, find_rates
-from launcher.plan.plan import Plan, make_choice, make_plan, make_suggestions
+from launcher.plan.plan import Plan, make_plan, make_suggestions
 from launcher.plan.solve import Candidate, Choice
 from launcher.plan.speed import Speed, estimate_run, estimate_step
-from launcher.recipe import Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,15 +31,15 @@ class DryRun:
     """What the plan and the estimate take for granted, beyond the notes of both."""
 
 
-def make_dry_run(recipe: Recipe, plan: Plan, *, explain: bool) -> DryRun:
-    """The dry run of a plan that was made of `recipe`."""
+def make_dry_run(plan: Plan, choice: Choice | None = None) -> DryRun:
+    """The dry run of a plan; with `choice` it explains what was chosen among."""
     fits = plan.memory.verdict != "DOES NOT FIT"
     return DryRun(
         plan=plan,
         speed=estimate_plan(plan),
         suggestions=None if fits else make_suggestions(plan),
         nodes_that_fit=None if fits else _find_nodes(plan),
-        choice=make_choice(recipe, plan.shape, plan.cluster) if explain else None,
+        choice=choice,
         assumptions=tuple(_list_assumptions(plan)),
     )
 

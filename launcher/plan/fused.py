@@ -9,7 +9,7 @@ from launcher.plan.tape import Parameter, Storage, Tape, Tensor
 FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite"})
 """Models whose layers Liger replaces by these (transformers/monkey_patch.py). Others are counted without, which takes more."""
 FP32, PROGRAMS = 4, 132
-"""Rows of partial sums of a norm's weight gradient: one a multiprocessor, as many as an H100 has."""
+"""Rows of partial sums of a norm's weight gradient, where it is trained: one a multiprocessor, as many as an H100 has."""
 
 
 def fused_rms_norm(tape: Tape, x: Tensor, weight: Parameter) -> Tensor:
@@ -22,7 +22,7 @@ def fused_rms_norm(tape: Tape, x: Tensor, weight: Parameter) -> Tensor:
     def run(grad: Storage) -> tuple[Any, ...]:
         for tensor in kept:
             tensor.fetch()
-        partial = tape.make(sizes[0])
+        partial = tape.make(sizes[0]) if trained else None
         made = tape.make(sizes[1]) if trained else None
         del partial
         return grad, made

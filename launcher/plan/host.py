@@ -12,6 +12,8 @@ from launcher.plan.states import Counts, Sharding, States, optimizer_bytes
 from launcher.recipe import Lora, QLora, Recipe
 from launcher.units import DTYPE_BYTES
 
+LIBRARIES = "libraries"
+
 
 def round_pinned(size: int) -> int:
     """torch's CachingHostAllocator gives pinned memory in powers of two."""
@@ -26,7 +28,7 @@ def make_host_phases(
     workers = layout.workers_per_node
     if layout.accelerator == "cpu":
         return tuple(Phase(name=p.name, components=tuple(replace(c, bytes=c.bytes * workers) for c in p.components)) for p in device)
-    base = Component(name="libraries", bytes=libraries * workers, provenance="fitted", error=error)
+    base = Component(name=LIBRARIES, bytes=libraries * workers, provenance="fitted", error=error)
     rounded = sum(round_pinned(size) for size in states.host_pinned)
     offloaded = states.host - sum(states.host_pinned) + rounded
     held = [base, Component(name="optimizer states", bytes=offloaded * workers, provenance="source", error=0.1)]
@@ -35,7 +37,7 @@ def make_host_phases(
     width = DTYPE_BYTES[layout.dtype]
     whole = shape.num_params * width
     # transformers 5: under zero.Init rank 0 reads the whole checkpoint; otherwise each rank maps the files and copies tensor by tensor.
-    # A 4-bit model's weights stay in mapped files until each layer is quantised and sharded (train/shard.py).
+    # A quantised model's weights stay in mapped files until each layer is quantised and sharded (train/shard.py).
     loading = whole if layout.zero_init and not isinstance(recipe.method, QLora) else 0
     adapters = isinstance(recipe.method, Lora | QLora)
     exported = counts.trained * width if adapters else whole
@@ -61,7 +63,8 @@ def make_disk(recipe: Recipe, shape: ModelShape, counts: Counts, width: int, *, 
     checkpoint = 4 * counts.trained + states
     adapters = isinstance(recipe.method, Lora | QLora)
     return DiskNeed(checkpoint_bytes=checkpoint, kept_checkpoints_bytes=(recipe.save.keep + 1) * checkpoint,
-                    export_bytes=width * (counts.trained if adapters else shape.num_params), nvme_bytes=nvme)  # fmt: skip
+                    export_bytes=width * (counts.trained if adapters else shape.num_params),
+                    merged_bytes=width * shape.num_params if adapters else 0, nvme_bytes=nvme)  # fmt: skip
 
 
 def make_network(counts: Counts, sharding: Sharding, width: int, micro_steps: int) -> int:

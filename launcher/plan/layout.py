@@ -8,7 +8,7 @@ from typing import Literal
 
 from launcher.cluster import Accelerator, Cluster
 from launcher.errors import Fault, RecipeError
-from launcher.recipe import Lora, QLora, Recipe
+from launcher.recipe import QLora, Recipe
 
 Attention = Literal["eager", "sdpa", "flash_attention_2"]
 Dtype = Literal["fp32", "bf16", "fp16"]
@@ -75,13 +75,9 @@ def make_layout(recipe: Recipe, cluster: Cluster) -> tuple[Layout, list[str]]:
     loss = recipe.model.loss
     if stage == "auto" or checkpointing == "auto" or loss == "auto":
         raise ValueError("a layout is made of a recipe that leaves nothing to choose (launcher.plan.solve)")
-    in_8_bits = isinstance(recipe.method, QLora) and recipe.method.bits == 8
-    pissa = isinstance(recipe.method, Lora) and recipe.method.init == "pissa"
-    dora = isinstance(recipe.method, Lora) and recipe.method.dora
-    zero_init = stage == 3 and not (in_8_bits or pissa or dora)
-    if stage == 3 and not zero_init:
-        why = "a model in 8 bits" if in_8_bits else "an adapter that starts from the weights"
-        notes.append(f"load: every rank loads the whole model before ZeRO-3 shards it ({why} cannot start sharded)")
+    if not cuda and stage == 3 and not trains_sharded_on_cpu(recipe):
+        raise RecipeError([Fault("plan", "method.dora", CPU_DORA, "set parallel.zero_stage to 2, or method.dora to false")])
+    zero_init = stage == 3
     leaf = stage == 3 and parallel.leaf_modules is not False
     if stage == 3 and parallel.leaf_modules == "auto":
         notes.append("leaf modules: a decoder layer is gathered at once (parallel.leaf_modules)")
@@ -105,6 +101,14 @@ def make_layout(recipe: Recipe, cluster: Cluster) -> tuple[Layout, list[str]]:
         nvme_path=parallel.nvme_path,
     )
     return layout, notes
+
+
+CPU_DORA = "peft 0.21 puts a new weight in place of a 4-bit one's shard on a CPU, each time DoRA norms it"
+
+
+def trains_sharded_on_cpu(recipe: Recipe) -> bool:
+    """Whether ZeRO-3 works with the method on CPU workers (peft/utils/integrations.py, dequantize_module_weight)."""
+    return not (isinstance(recipe.method, QLora) and recipe.method.dora)
 
 
 def _choose_dtype(recipe: Recipe, cluster: Cluster, notes: list[str]) -> Dtype:

@@ -32,16 +32,16 @@ def linear(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
     if layer.magnitude is not None:
         return _with_dora(tape, x, layer, result)
     if layer.bits != 16:
-        output = scale(tape, _adapt(tape, dropout(tape, x, layer.dropout), layer))
+        output = scale(tape, _adapt(tape, x, layer, p=layer.dropout))
         result = add(tape, result, output)
         return result
-    return add(tape, result, scale(tape, _adapt(tape, dropout(tape, x, layer.dropout), layer)))
+    return add(tape, result, scale(tape, _adapt(tape, x, layer, p=layer.dropout)))
 
 
-def _adapt(tape: Tape, x: Tensor, layer: Linear) -> Tensor:
-    """lora_B(lora_A(x))."""
+def _adapt(tape: Tape, x: Tensor, layer: Linear, *, p: float = 0.0) -> Tensor:
+    """lora_B(lora_A(dropout(x))): nothing but lora_A's own graph holds on to what was dropped."""
     assert layer.down is not None and layer.up is not None
-    return matmul(tape, matmul(tape, x, layer.down, layer.n_in), layer.up, layer.down.count // layer.n_in)
+    return matmul(tape, matmul(tape, dropout(tape, x, p), layer.down, layer.n_in), layer.up, layer.down.count // layer.n_in)
 
 
 def _with_dora(tape: Tape, x: Tensor, layer: Linear, result: Tensor) -> Tensor:

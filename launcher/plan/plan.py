@@ -22,8 +22,9 @@ from launcher.plan.memory import Tracer, count_trainable, has_closed_form, hold_
 from launcher.plan.shape import ModelShape, load_shape, read_text_part
 from launcher.plan.solve import Choice, Floor, Predict, apply_changes, choose, describe_choice, make_candidates
 from launcher.plan.source import locate_model
-from launcher.plan.trainable import list_oddities, settle_attention
+from launcher.plan.trainable import list_oddities, settle_attention, settle_packing
 from launcher.recipe import Recipe
+from launcher.units import format_bytes
 
 SCHEMA_VERSION = 2
 PLAN_FILE = "plan.json"
@@ -137,7 +138,14 @@ def checkpoints_url(recipe: Recipe, run_dir: str) -> str:
 
 
 def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, tracer: Tracer | None = None, trace: bool = False) -> Plan:
-    """Decide everything. Reads the model's configuration, nothing else. Raises RecipeError or ModelError.
+    """Decide everything. Reads the model's configuration, nothing else. Raises RecipeError or ModelError."""
+    return make_explained_plan(recipe, cluster, base_dir=base_dir, run_dir=run_dir, tracer=tracer, trace=trace)[0]
+
+
+def make_explained_plan(
+    recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, tracer: Tracer | None = None, trace: bool = False
+) -> tuple[Plan, Choice]:
+    """The plan, and what was looked at where the recipe says auto.
 
     `tracer` runs a model that the plan has no arithmetic for on the meta device, and with `trace` any model (it takes torch, and
     seconds); without one the activations of such a model are guessed.
@@ -153,20 +161,22 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, 
         raise RecipeError(
             [Fault("plan", "method", f"trains no parameter of this {shape.model_type}", "check target_modules, last_layers or patterns")]
         )
+    recipe, settled = settle_packing(recipe, shape, cluster)
+    recipe, limited = _settle_budget(recipe, cluster)
     choice = make_choice(recipe, shape, cluster)
     recipe, batch, asked = choice.taken.recipe, choice.taken.batch, recipe
     layout, notes = make_layout(recipe, cluster)
     _check_loss(recipe, shape)
     if trainable == 0:
         notes.append(f"trained parameters: not counted here, because the launcher does not know how a {shape.model_type} names its layers")
-    notes += describe_choice(asked, choice)
+    notes += settled + limited + describe_choice(asked, choice)
     if recipe.optim.name == "adafactor" and layout.zero_stage:
         notes.append("adafactor: ZeRO hands it flat partitions, so its second moment is not factored (4 bytes a parameter)")
     adapters = trainable if recipe.method.kind in ("lora", "qlora") else 0
     notes += list_oddities(shape, recipe, layout)
     traced = tracer if trace or not has_closed_form(shape) else None
     memory = choice.taken.memory if traced is None else None
-    return Plan(
+    plan = Plan(
         recipe=recipe,
         cluster=cluster,
         shape=shape,
@@ -180,6 +190,7 @@ def make_plan(recipe: Recipe, cluster: Cluster, *, base_dir: str, run_dir: str, 
         base_dir=base_dir,
         notes=tuple(notes),
     )
+    return plan, choice
 
 
 def make_choice(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Choice:
@@ -237,6 +248,17 @@ def _check_loss(recipe: Recipe, shape: ModelShape) -> None:
     if recipe.model.loss != "plain" and changes_logits(read_text_part(shape.config)):
         raise RecipeError([Fault("plan", "model.loss", f"{recipe.model.loss} makes the loss in the model's head, and a {shape.model_type} changes"
                                  " its logits after it", "set model.loss to plain")])  # fmt: skip
+
+
+def _settle_budget(recipe: Recipe, cluster: Cluster) -> tuple[Recipe, list[str]]:
+    """A budget above what a GPU has is none: no plan fits what is not there."""
+    budget, there = recipe.memory.budget_bytes, cluster.device_memory
+    if cluster.accelerator != "cuda" or budget is None or not 1 < there < budget:
+        return recipe, []
+    without = recipe.model_copy(update={"memory": recipe.memory.model_copy(update={"budget": None})})
+    return without, [
+        f"memory.budget: {recipe.memory.budget} is more than a {cluster.device_name} has; planned for its {format_bytes(there)}"
+    ]
 
 
 def _check_length(recipe: Recipe, shape: ModelShape) -> None:

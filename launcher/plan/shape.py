@@ -251,9 +251,15 @@ def shape_of_config(whole: dict[str, Any], path: Path) -> ModelShape:
 EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "llama4_text"})
 
 
+MOST_LAYERS = 10_000
+"""The deepest that was published has 1,000 (DeepNet); an absurd number would take a dry run minutes to count."""
+
+
 def _checked(shape: ModelShape, path: Path) -> ModelShape:
     """The same shape. Raises ModelError where its numbers do not go together, or the parameters of its architecture do not follow from them."""
     config = read_text_part(shape.config)
+    if shape.num_layers > MOST_LAYERS:
+        raise ModelError(f"{path}: {shape.num_layers} layers, and no model has more than {MOST_LAYERS}", "the file is damaged")
     if shape.num_heads % shape.num_kv_heads:
         raise ModelError(f"{path}: {shape.num_kv_heads} key-value heads do not divide {shape.num_heads} attention heads",
                          "the file is damaged or not of this model")  # fmt: skip

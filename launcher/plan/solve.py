@@ -15,7 +15,7 @@ from launcher.cluster import Cluster
 from launcher.plan.batch import BatchPlan, list_micro_batches, make_batch
 from launcher.plan.budget import VERDICTS, MemoryPlan, Verdict
 from launcher.plan.devices import Device
-from launcher.plan.layout import Layout, is_installed, make_layout
+from launcher.plan.layout import Layout, is_installed, make_layout, trains_sharded_on_cpu
 from launcher.plan.losses import changes_logits
 from launcher.plan.shape import ModelShape, read_text_part
 from launcher.plan.speed import estimate_step
@@ -159,6 +159,8 @@ def is_possible(settled: Recipe, recipe: Recipe, shape: ModelShape, cluster: Clu
     if loss not in (recipe.model.loss, "plain") and (fused or changes_logits(read_text_part(shape.config))):
         return False
     if settled.memory.gradient_checkpointing == "offload" and not gpu:
+        return False
+    if settled.parallel.zero_stage == 3 != recipe.parallel.zero_stage and not gpu and not trains_sharded_on_cpu(settled):
         return False
     return not any(True for _ in find_conflicts(settled))
 

@@ -24,6 +24,8 @@ from launcher.units import DTYPE_BYTES
 Bound = Literal["compute", "memory", "network", "host", "launches"]
 MATMUL_SHARE = 0.62
 """Of the maker's FLOP/s that large matrix products reach."""
+CPU_MEMORY_SHARE = 0.2
+"""Of what a core copies that torch's other kernels move there: three methods' steps of SmolLM2-135M on two cores, within 1.5 times."""
 SMALL_TOKENS, SMALL_WIDTH = 256, 512
 """A matrix product of so many rows, or a model so wide, reaches half of that."""
 WIRE_SHARE = 0.7
@@ -116,6 +118,10 @@ def count_tokens(data: Data, base_dir: str) -> int | None:
     return math.ceil(total * (1 - data.eval_fraction) / BYTES_A_TOKEN)
 
 
+def _memory_rate(layout: Layout, device: Device) -> float:
+    return device.memory_rate * (CPU_MEMORY_SHARE if layout.accelerator == "cpu" else 1.0)
+
+
 def _peak_flops(layout: Layout, device: Device) -> float:
     return device.flops_fp32 if layout.dtype == "fp32" else device.flops_16bit
 
@@ -163,7 +169,9 @@ def _time_micro_step(recipe: Recipe, shape: ModelShape, layout: Layout, device: 
     """Seconds of one forward and backward, by what they are spent on."""
     seq_len, width, ranks = recipe.data.seq_len, DTYPE_BYTES[layout.dtype], layout.world_size
     flops = _flops_a_token(recipe, shape, seq_len, trained) + layout.gradient_checkpointing * _forward_flops(shape, seq_len)
-    share = MATMUL_SHARE * tokens / (tokens + SMALL_TOKENS) * shape.hidden_size / (shape.hidden_size + SMALL_WIDTH)
+    share = 1.0  # a CPU's rate is what its products reach
+    if layout.accelerator == "cuda":
+        share = MATMUL_SHARE * tokens / (tokens + SMALL_TOKENS) * shape.hidden_size / (shape.hidden_size + SMALL_WIDTH)
     passes = 3 if layout.gradient_checkpointing else 2
     # Norms, activations and residuals are read and written a few times each; logits in fp32.
     moved = (
@@ -197,7 +205,7 @@ def _time_micro_step(recipe: Recipe, shape: ModelShape, layout: Layout, device: 
     rate = device.link_rate if layout.nodes == 1 else min(device.link_rate, device.network_rate)
     return {
         "compute": tokens * flops / (share * _peak_flops(layout, device)),
-        "memory": moved / device.memory_rate,
+        "memory": moved / _memory_rate(layout, device),
         "network": sent * (ranks - 1) / ranks / (WIRE_SHARE * rate),
         "host": (2 * weight_bytes / ranks / offload_rate if layout.offload_param else 0.0) + moved_to_host / host_rate,
         "launches": launches if layout.accelerator == "cuda" else 0.0,
@@ -211,7 +219,7 @@ def _time_optimizer(recipe: Recipe, layout: Layout, device: Device, trained: int
     part = trained / (layout.world_size if layout.zero_stage else 1)
     moved = part * (14 if "8bit" in recipe.optim.name else 32)
     if not on_host:
-        return moved / device.memory_rate
+        return moved / _memory_rate(layout, device)
     wires = part * 2 * DTYPE_BYTES[layout.dtype] / (WIRE_SHARE * device.host_rate)
     if layout.nvme_path:
         wires += moved * layout.workers_per_node / NVME_RATE

@@ -53,6 +53,8 @@ class Counts:
     adapters: int
     largest_quantised: int
     """Elements of the largest quantised weight."""
+    largest_adapted: int
+    """Elements of the largest weight that has an adapter."""
 
     @property
     def trained(self) -> int:
@@ -69,11 +71,12 @@ def _count_states(shape: ModelShape, method: MethodFacts) -> Counts:
     decayed: list[int] = []
     spared: list[int] = []
     frozen: list[int] = []
-    packed = state = adapters = largest = 0
+    packed = state = adapters = largest = adapted = 0
     for block in shape.inventory:
         for weight in block.weights:
             rank = adapter_rank(shape.model_type, block.prefix, weight, method.r, method.target_modules) if method.r else 0
             if rank:
+                adapted = max(adapted, weight.count)
                 halves = _adapter_shapes(weight, rank)
                 adapters += block.repeats * sum(halves)
                 decayed += list(halves) * block.repeats
@@ -89,7 +92,7 @@ def _count_states(shape: ModelShape, method: MethodFacts) -> Counts:
                 trained = method.trains_base(block.prefix.format(layer) + weight.name, shape.num_layers)
                 (frozen if not trained else decayed if len(weight.shape) > 1 else spared).append(weight.count)
     return Counts(decayed=tuple(decayed), spared=tuple(spared), frozen=tuple(frozen), packed_bytes=packed, quant_state_bytes=state, adapters=adapters,
-                  largest_quantised=largest)  # fmt: skip
+                  largest_quantised=largest, largest_adapted=adapted)  # fmt: skip
 
 
 def _adapter_shapes(weight: Weight, rank: int) -> tuple[int, int]:
@@ -155,6 +158,8 @@ class States:
     host_pinned: tuple[int, ...]
     nvme: int = 0
     """Bytes of this rank's files on an NVMe disk."""
+    start_least: int = 0
+    """The start's peak where groups are flattened in host memory: DeepSpeed does so where the device has no room for the copy."""
 
 
 UPDATE: dict[OptimizerName, int] = {"adafactor": 8}
@@ -243,14 +248,16 @@ def _partitioned(counts: Counts, sharding: Sharding, width: int, name: Optimizer
     bucket = width * sharding.bucket * (2 if sharding.overlap else 1)
     biggest = max(counts.decayed + counts.spared, default=0)
     # A group is flattened beside its parameters; its master is made from a clone; gradients of zeros are made, and dropped.
-    start = max(width * max(flats, default=0), width * largest + 4 * largest, 4 * part + 4 * largest)
+    flattened, least = width * max(flats, default=0), max(width * largest + 4 * largest, 4 * part + 4 * largest)
+    if sharding.offload_optimizer:  # masters and their gradients are made on the host, from a clone of the part
+        least = width * largest
     in_bucket = min(sharding.bucket, counts.trained)
     held = States(
         weights=_frozen(counts, width) + width * (flat - counts.adapters), quant_state=counts.quant_state_bytes, adapters=width * counts.adapters,
         persistent=0, master=4 * part, optimizer=states,
         gradients=(width * counts.trained if sharding.stage == 1 else width * part) if micro_steps > 1 else 0,
         bucket=bucket, bucket_always=False, partition=part, part_bytes=width * part,
-        reduce_copy=width * in_bucket if ranks > 1 else 0, start_peak=start,
+        reduce_copy=width * in_bucket if ranks > 1 else 0, start_peak=max(flattened, least), start_least=least,
         # this rank's gradients, their flat copy, and that in fp32
         step_peak=width * part + width * largest + (4 * largest if width < 4 else 0), host=0, host_pinned=(),
     )  # fmt: skip
@@ -270,7 +277,7 @@ def _offloaded(held: States, on_device: int, host: int, pinned: tuple[int, ...])
     return States(
         weights=held.weights, quant_state=held.quant_state, adapters=held.adapters, persistent=held.persistent, master=0, optimizer=0,
         gradients=on_device, bucket=held.bucket, bucket_always=held.bucket_always, partition=held.partition, part_bytes=0,
-        reduce_copy=held.reduce_copy, start_peak=held.start_peak, step_peak=0, host=host, host_pinned=pinned,
+        reduce_copy=held.reduce_copy, start_peak=held.start_peak, step_peak=0, host=host, host_pinned=pinned, start_least=held.start_least,
     )  # fmt: skip
 
 
@@ -298,6 +305,7 @@ def _sharded(counts: Counts, sharding: Sharding, width: int, name: OptimizerName
     )  # fmt: skip
     if not sharding.offload_optimizer:
         return held
+    held = replace(held, start_peak=0)  # masters are made on the host
     if sharding.nvme:
         return _on_nvme(_offloaded(held, 0, 0, ()), sharding, width, largest, 8 * part + states, weights + width * adapter_part)
     host = 4 * part + 4 * part + states + width * part

@@ -81,7 +81,10 @@ def _read_values(name: str, text: str) -> list[str]:
 
 
 def make_sweep(axes: list[Axis], plan_at: Callable[[dict[str, str]], tuple[Plan, Speed | None]]) -> list[Cell]:
-    """A cell each combination; one that cannot be planned says why in its place. Raises RecipeError for too many."""
+    """A cell each combination; one that cannot be planned says why in its place. Raises RecipeError for too many, or a key that is there twice."""
+    twice = {axis.key for axis in axes if sum(other.key == axis.key for other in axes) > 1}
+    if twice:
+        raise RecipeError([Fault("--sweep", min(twice), "is there twice", "name all its values at once: KEY=VALUE,VALUE")])
     combinations = list(itertools.product(*(axis.values for axis in axes)))
     if len(combinations) > MOST:
         raise RecipeError([Fault("--sweep", "", f"{len(combinations)} combinations, and a table holds {MOST}", "name fewer values")])

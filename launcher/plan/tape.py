@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from launcher.plan.reductions import sum_of_rows_workspace
+
 ROUND_TO = 512
 """torch's CUDA allocator hands out multiples of this (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)."""
 
@@ -158,16 +160,16 @@ class Parameter(Tensor):
     __slots__ = ()
 
     def __init__(self, count: int, width: int, trained: bool) -> None:
-        super().__init__(None, count, width, Sink() if trained else None)
+        super().__init__(None, count, width, Sink(count=count) if trained else None)
 
 
 class Sink:
     """Where a gradient ends: a trained weight, or a tensor that is made to need a gradient (a leaf), which the graph then keeps."""
 
-    __slots__ = ("gradient", "leaf", "pending", "users")
+    __slots__ = ("count", "gradient", "leaf", "pending", "users")
 
-    def __init__(self, leaf: Storage | None = None) -> None:
-        self.leaf = leaf
+    def __init__(self, leaf: Storage | None = None, count: int = 0) -> None:
+        self.leaf, self.count = leaf, count
         self.users = 0
         self.pending: Storage | None = None
         self.gradient: Storage | None = None
@@ -236,10 +238,11 @@ class _Frame:
         tape = self.tape
         outer, tape.recomputing = tape.recomputing, self
         kind, tape.kind = tape.kind, ACTIVATIONS
-        if self.offloaded:
-            self.inputs = tuple(tape.new(count, width) for count, width in self.inputs)
+        inputs = self.inputs
+        if self.offloaded:  # made anew, with the place in the graph that it had
+            inputs = tuple(Tensor(tape.new(count, width).storage, count, width, node, slot) for count, width, node, slot in self.inputs)
         try:
-            self.output = self.function(*self.inputs)
+            self.output = self.function(*inputs)
         except _Enough:
             pass
         finally:
@@ -254,7 +257,7 @@ def checkpoint(tape: Tape, function: Callable[[Tensor], Tensor], x: Tensor, *, o
     frame = _Frame(tape, function, (x,))
     if offload:
         frame.offloaded = True
-        frame.inputs = ((x.count, x.width),)
+        frame.inputs = ((x.count, x.width, x.node, x.slot),)
         tape.on_host += x.count * x.width
     else:
         x.storage.count_as(CHECKPOINTS)
@@ -304,7 +307,7 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
         for index, output in enumerate(outputs):
             if isinstance(output, tuple):
                 # Made in another shape or dtype than its tensor's; fitted before the node lets go (validate_outputs).
-                outputs[index] = tape.make(output[1])
+                outputs[index] = _fit(tape, edges[index][0], *output)
         del run, grads
         output = None
         for index, (edge, slot) in enumerate(edges):
@@ -325,6 +328,16 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
             del grad
         del edges, outputs, node
     del first
+
+
+def _fit(tape: Tape, edge: Any, whole: Storage, size: int) -> Storage:
+    """A gradient summed or cast to `size` bytes; a weight's is summed over rows, with a buffer beside it."""
+    made = tape.make(size)
+    if isinstance(edge, Sink) and edge.count and tape.on_cuda and tape.counts_workspace:
+        beside = sum_of_rows_workspace(whole.size // max(1, size), edge.count)
+        if beside:
+            tape.make(beside)
+    return made
 
 
 def _count_users(root: Node) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from launcher.plan.gathering import gather, sizes_of
-from launcher.plan.states import Sharding, States, count_states
+from launcher.plan.states import Counts, Sharding, States, count_states
 from launcher.plan.step import recorded_step
 from launcher.plan.workload import Workload, is_quantised
 
@@ -56,7 +56,7 @@ class Story:
 def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, micro_steps: int) -> Story:
     """The stream of one rank. Parameters come one by one, states flat, as DeepSpeed makes them."""
     story = Story([])
-    gradients, optimizer, step = _in_blocks(work, states, sharding)
+    spread, optimizer = _in_blocks(work, states, sharding)
     _load(story, work, states, sharding)
     story.passing("engine start", states.start_peak)
     story.events.append(("engine start", 0, 0))  # DeepSpeed empties the cache between groups
@@ -71,38 +71,48 @@ def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, m
     if sharding.stage == 3 and sharding.overlap:
         story.side = (_fetch(work, sharding) if whole_is_gathered else [], _reduce(work, sharding))
     whole = 0 if story.side else gather(work, sharding).backward
-    computed = _make_micro_step(tape.events, states, story.next_key + 1)
-    story.next_key += len(computed) + 1
+    counts = count_states(work)
+    whole_gradients, flushes = work.width * counts.trained, flushes_in_backward(counts, sharding)
+    step = _make_micro_step(tape.events, states, story.next_key, early=sharding.stage == 1 and micro_steps > 1, flushes=flushes)
+    story.next_key = step.next_key
     for iteration in range(ITERATIONS):
-        held = story.begin_all("forward", gradients(states.gradients)) if sharding.stage != 3 else []
+        held = story.begin_all("forward", spread(states.gradients)) if sharding.stage != 3 else []
+        resident = states.gradients if held else 0
         gathered = story.begin("forward", whole)
-        story.events += computed  # all that begins in it ends in it, so that its keys may come again
+        story.events += step.events  # what begins in it ends before the next, so that its keys may come again
         story.end("reduce", gathered, whole)
-        left = story.begin_all("reduce", gradients(states.part_bytes)) if keeps else []
+        left = story.begin_all("reduce", spread(whole_gradients)) if keeps and micro_steps == 1 else []
         story.passing("reduce", states.reduce_copy)
+        story.end("reduce", step.bucket, states.bucket)
+        if sharding.stage == 1:  # gradients of other ranks' parts go; stage 0's stay where they are
+            story.end_all("reduce", [*held, *left])
+            held, resident = story.begin_all("reduce", spread(states.part_bytes)), states.part_bytes
+        elif left:
+            held, resident = left, whole_gradients
         if iteration == 0:
             story.begin_all("optimizer step", optimizer)
-        story.passing("optimizer step", *step)
-        story.end_all("optimizer step", left)
+        there = resident + (states.part_bytes if step.mine else 0)
+        taken = max(0, states.step_peak - there)  # the gradients are in that peak
+        story.passing("optimizer step", *(spread(taken) if sharding.stage == 0 else [taken]))
         story.end_all("optimizer step", held)
+        story.end("optimizer step", step.mine, states.part_bytes)
     return story
 
 
-def _in_blocks(work: Workload, states: States, sharding: Sharding) -> tuple[Callable[[int], list[int]], list[int], list[int]]:
-    """Gradients, optimizer states and what a step takes, block by block. On a CPU, whose heap tells small blocks from large: gradients that lie
-    in their parameters, and all that stage 0 has, a block a parameter; flat states in two."""
+def _in_blocks(work: Workload, states: States, sharding: Sharding) -> tuple[Callable[[int], list[int]], list[int]]:
+    """How gradients come in blocks, and the optimizer's states. On a CPU, whose heap tells small blocks from large: gradients that lie in their
+    parameters, and all that stage 0 has, a block a parameter; flat states in two."""
     if work.device != "cpu":
-        return lambda size: [size], [states.optimizer], [states.step_peak]
+        return lambda size: [size], [states.optimizer]
     counts = count_states(work)
     trained = counts.decayed + counts.spared
 
     def spread(size: int) -> list[int]:
         return [size * count // sum(trained) for count in trained]
 
-    taken = min(states.step_peak, states.part_bytes or states.gradients)
     if sharding.stage == 0:
-        return spread, spread(states.optimizer), spread(states.step_peak)
-    return spread if sharding.stage == 1 else lambda size: [size], [states.optimizer // 2] * 2, [*spread(taken), states.step_peak - taken]
+        return spread, spread(states.optimizer)
+    return spread if sharding.stage == 1 else lambda size: [size], [states.optimizer // 2] * 2
 
 
 def _load(story: Story, work: Workload, states: States, sharding: Sharding) -> None:
@@ -157,12 +167,47 @@ def _reduce(work: Workload, sharding: Sharding) -> list[Event]:
     return story.events
 
 
-def _make_micro_step(taped: list[Event], states: States, offset: int) -> list[Event]:
-    """The tape of one micro-step, with the bucket that comes with the first gradient. Keys begin at `offset`."""
+def flushes_in_backward(counts: Counts, sharding: Sharding) -> bool:
+    """Whether stage 2's bucket is reduced while the backward pass still runs: a copy of it then lies beside the activations."""
+    return sharding.stage == 2 and counts.trained > sharding.bucket
+
+
+@dataclass(slots=True)
+class _MicroStep:
+    """Its events; `bucket` and `mine` (the rank's own gradients) begin in them and end later, with these keys (0: there is none)."""
+
+    events: list[Event]
+    bucket: int
+    mine: int
+    next_key: int
+
+
+def _make_micro_step(taped: list[Event], states: States, key: int, *, early: bool, flushes: bool) -> _MicroStep:
+    """The tape of one micro-step, with the bucket that comes with the first gradient, or before where there are micro-steps before."""
     names = {"loss backward": "loss"}
-    events = [(names.get(phase, phase), size, key + offset) for phase, size, key in taped]
+    bucket, mine, copied = key + 1, key + 2, key + 3
+    events = [(names.get(phase, phase), size, number + copied) for phase, size, number in taped]
     first = next((index for index, event in enumerate(events) if event[0] == "backward"), None)
-    if states.bucket and not states.bucket_always and first is not None:
-        events.insert(first, ("backward", states.bucket, offset))
-        events.append(("reduce", -states.bucket, offset))
-    return events
+    if first is None:
+        return _MicroStep(events, 0, 0, copied + len(events))
+    if flushes and states.reduce_copy:
+        at = _find_top(events, first)
+        events[at:at] = [("backward", states.reduce_copy, copied), ("backward", -states.reduce_copy, copied)]
+    has_mine = flushes and bool(states.part_bytes)
+    if has_mine:
+        events.insert(first, ("backward", states.part_bytes, mine))
+    has_bucket = bool(states.bucket) and not states.bucket_always
+    if has_bucket:
+        events.insert(0 if early else first, ("forward" if early else "backward", states.bucket, bucket))
+    return _MicroStep(events, bucket if has_bucket else 0, mine if has_mine else 0, copied + len(events))
+
+
+def _find_top(events: list[Event], first: int) -> int:
+    """The place right after the moment in the backward pass when most is live."""
+    live = most = 0
+    top = first
+    for index in range(first, len(events)):
+        live += events[index][1]
+        if live > most:
+            most, top = live, index
+    return top + 1

@@ -57,11 +57,6 @@ def list_oddities(shape: ModelShape, recipe: Recipe, layout: Layout) -> Iterator
         )
     if (quantised := shape.config.get("quant_method")) and recipe.method.kind != "qlora":
         yield f"weights: the files are {quantised}; counted in {layout.dtype}, which transformers turns them to where it lacks the kernels to keep them"
-    if recipe.data.packing and kind in BLIND_TO_PACKS and layout.attn_implementation != "flash_attention_2":
-        yield (
-            f"packing: transformers 5.23 gives a {kind} no positions for its mask, so that examples in one row see each other"
-            " but under flash_attention_2; data.packing=false keeps them apart"
-        )
 
 
 REFUSED = {
@@ -78,7 +73,7 @@ def settle_attention(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Rec
     refused, wanted = REFUSED.get(shape.model_type, frozenset()), recipe.model.attn_implementation
     if wanted != "auto" and wanted not in refused:
         return recipe
-    flash = cluster.accelerator == "cuda" and recipe.model.dtype != "fp32" and importlib.util.find_spec("flash_attn") is not None
+    flash = has_flash(recipe, cluster)
     chosen = next(name for name in ("flash_attention_2", "sdpa", "eager") if name not in refused and (flash or name != "flash_attention_2"))
     if wanted != "auto":
         why = f"transformers 5.23 refuses {wanted} for a {shape.model_type}"
@@ -86,6 +81,33 @@ def settle_attention(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Rec
     if not refused:
         return recipe
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"attn_implementation": chosen})})
+
+
+def settle_packing(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> tuple[Recipe, list[str]]:
+    """The recipe with examples packed or not, and why where that is not the usual. Raises RecipeError where they would see each other."""
+    wanted, kind = recipe.data.packing, shape.model_type
+    leaks = kind in BLIND_TO_PACKS and not _takes_flash(recipe, shape, cluster)
+    why = f"transformers 5.23 gives a {kind} no positions for its mask, so that examples in one sequence would see each other"
+    if wanted is True and leaks:
+        remedy = "set data.packing to auto or false" + (
+            "" if "flash_attention_2" in REFUSED.get(kind, ()) else ", or use flash_attention_2"
+        )
+        raise RecipeError([Fault("plan", "data.packing", why, remedy)])
+    if wanted != "auto":
+        return recipe, []
+    settled = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": not leaks})})
+    return settled, [f"packing: off, because {why}"] if leaks else []
+
+
+def _takes_flash(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> bool:
+    """Whether attention is flash attention 2's, once the plan has chosen it."""
+    wanted, refused = recipe.model.attn_implementation, REFUSED.get(shape.model_type, frozenset())
+    return wanted == "flash_attention_2" or (wanted == "auto" and "flash_attention_2" not in refused and has_flash(recipe, cluster))
+
+
+def has_flash(recipe: Recipe, cluster: Cluster) -> bool:
+    """Whether flash attention 2 can be had: its package, on a GPU, in 16 bits."""
+    return cluster.accelerator == "cuda" and recipe.model.dtype != "fp32" and importlib.util.find_spec("flash_attn") is not None
 
 
 def as_trained(shape: ModelShape) -> ModelShape:

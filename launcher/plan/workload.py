@@ -26,6 +26,7 @@ class MethodFacts:
     target_modules: str | tuple[str, ...] = "all-linear"
     dropout: float = 0.0
     dora: bool = False
+    pissa: bool = False
     last_layers: int = 0
     patterns: tuple[str, ...] = ()
 

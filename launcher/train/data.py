@@ -325,7 +325,7 @@ def _collate_ids(samples: Samples, ids: Ints, count: int, micro_batch_size: int,
 def check_packing(model: torch.nn.Module) -> None:
     """Check by one small forward pass that a model keeps the examples of a sequence apart by their position ids.
 
-    Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX and their like do, to the last bit. OPT, Bloom, Falcon and MPT do not hand
+    Llama, Mistral, Qwen, Gemma, Phi, GPT-2, GPT-NeoX and their like do, to the last bit. GPT-OSS, BERT, RoBERTa, OPT, Bloom, Falcon and MPT do not hand
     position ids to their mask, and convolutions and state spaces (Mamba, LFM2) read across (transformers 5.23).
     Raises ModelError.
     """

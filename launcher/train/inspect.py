@@ -76,7 +76,7 @@ def inspect_data(plan: Plan, rows: int) -> ShownData:
     splits = [_show_split("train", train)]
     if data.eval or data.eval_fraction:
         splits.append(_show_split("eval", load("eval")))
-    return ShownData(splits=splits, examples=_show_examples(train, tokenizer, rows), seq_len=data.seq_len, packing=data.packing)
+    return ShownData(splits=splits, examples=_show_examples(train, tokenizer, rows), seq_len=data.seq_len, packing=bool(data.packing))
 
 
 def _show_split(name: str, samples: Samples) -> ShownSplit:

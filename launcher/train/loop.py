@@ -56,7 +56,7 @@ def train(
                 engine.backward(loss_sum * weight)
                 grad_norm = take_step(engine, saver.settle)
                 totals[0] += loss_sum.detach()
-                del loss_sum  # or its graph would live on through the next forward, and with it the inputs that LLM.int8() hangs on it
+                del loss_sum  # and its graph, on which LLM.int8() hangs its inputs: the next forward pass would run beside them
         totals[1:] += torch.tensor([stop_asked(), *saver.votes()], dtype=torch.float64, device=engine.device)
         dist.all_reduce(totals)
         stopping, save_due, save_failed = (bool(total > 0) for total in totals[1:])

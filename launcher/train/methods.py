@@ -11,7 +11,7 @@ from launcher.plan import Plan
 from launcher.plan.shape import is_trained
 from launcher.recipe import Freeze, Lora, QLora
 from launcher.train.head import put_loss_into_head
-from launcher.train.model import TORCH_DTYPE
+from launcher.train.model import TORCH_DTYPE, starting_sharded
 from launcher.train.shard import find_decoder_layers
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def apply_method(model: PreTrainedModel, plan: Plan) -> torch.nn.Module:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(is_trained(name, plan.shape.num_layers, method.last_layers, method.patterns))
     elif isinstance(method, Lora | QLora):
-        trained = _add_adapters(model, method)
+        with starting_sharded(plan):  # DoRA and PiSSA read each layer's whole weight
+            trained = _add_adapters(model, method)
     # fp32 masters are DeepSpeed's; what it trains is in the model's dtype.
     for parameter in trained.parameters():
         if parameter.requires_grad and parameter.dtype != TORCH_DTYPE[layout.dtype]:

@@ -124,8 +124,8 @@ def weights_path(plan: Plan) -> str:
     return str(_converted_folder(source)) if source.kind == "gguf" else source.path
 
 
-def load_base(plan: Plan, device: str) -> PreTrainedModel:
-    """The base model on a device, in the plan's dtype, quantised where the method says so.
+def load_base(plan: Plan, device: str, *, dense: bool = False) -> PreTrainedModel:
+    """The base model on a device, in the plan's dtype, quantised where the method says so, unless it is asked for `dense`.
 
     Raises ModelError where the folder's weights do not fill the model: a fresh random layer is never trained on unsaid.
     """
@@ -140,14 +140,14 @@ def load_base(plan: Plan, device: str) -> PreTrainedModel:
         "revision": recipe.model.revision,
         "use_safetensors": True,
     }
-    quantization = _quantization(recipe.method, dtype) if isinstance(recipe.method, QLora) else None
+    quantization = make_quantization(recipe.method, dtype) if isinstance(recipe.method, QLora) and not dense else None
     sharded_later = quantization is not None and layout.zero_init
     if quantization is not None and not sharded_later:
         options["quantization_config"] = quantization
     if sharded_later or not layout.zero_init:
         options["device_map"] = {"": "cpu" if sharded_later else device}
     try:
-        with nullcontext() if sharded_later else _zero_init(plan):
+        with nullcontext() if sharded_later else starting_sharded(plan):
             model, loading = AutoModelForCausalLM.from_pretrained(weights_path(plan), output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
@@ -179,7 +179,8 @@ def _keep_packing(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False
 
 
-def _quantization(method: QLora, dtype: torch.dtype) -> Any:
+def make_quantization(method: QLora, dtype: torch.dtype) -> Any:
+    """What transformers is told of the base's 4 or 8 bits."""
     from transformers import BitsAndBytesConfig
 
     if method.bits == 8:
@@ -195,8 +196,8 @@ def _quantization(method: QLora, dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def _zero_init(plan: Plan) -> Iterator[None]:
-    """Inside, transformers builds a ZeRO-3 model sharded from the first weight on, where the plan says so."""
+def starting_sharded(plan: Plan) -> Iterator[None]:
+    """Inside, transformers builds a ZeRO-3 model sharded from the first weight on, where the plan says so, and peft gathers a weight to read it."""
     if not plan.layout.zero_init:
         yield
         return

@@ -34,6 +34,12 @@ def why_not() -> str:
     return "" if tried.returncode == 0 else f"no namespaces are allowed here: {tried.stderr.strip()}"
 
 
+def has_open(pid: int, part: str) -> bool:
+    """Whether a process has a file open whose path holds `part`."""
+    links = [link for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+    return any(part in os.readlink(link) for link in links)
+
+
 @dataclass
 class Host:
     """One machine: its first process's pid as this machine sees it, its name, address and files."""
@@ -110,10 +116,13 @@ def _start_keeper(*namespaces: str, then: str = "") -> tuple[subprocess.Popen[by
 
 
 class Network:
-    """A switch with up to 8 hosts on it, and this machine at .254. `close` ends them all."""
+    """A switch with up to 8 hosts on it, and this machine at .254. `close` ends them all.
 
-    def __init__(self, files: Path, storage: Path) -> None:
-        self.files, self.storage, self.hosts = files, storage, list[Host]()
+    No DNS answers there. With `names` the hosts' addresses have names all the same, though no host's own name leads to its address.
+    """
+
+    def __init__(self, files: Path, storage: Path, names: bool = False) -> None:
+        self.files, self.storage, self.names, self.hosts = files, storage, names, list[Host]()
         self.disk = files / "disk"
         self.disk.mkdir()
         subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(self.disk)], check=True)
@@ -136,7 +145,9 @@ class Network:
         name, files = f"node{number}", self.files / f"node{number}"
         for folder in ("tmp", "home"):
             (files / folder).mkdir(parents=True, exist_ok=True)
-        (files / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n")
+        addresses = [f"{self.prefix}.{other} node{other}.lan\n" for other in range(1, 9)] if self.names else []
+        others = "".join(line for address in addresses for line in (address, f"::ffff:{address}"))  # torch asks in IPv6's clothes
+        (files / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 {name}\n{others}")
         own = [
             "mount --make-rprivate /",
             f"hostname {name}",

@@ -24,6 +24,8 @@ QUICK_TO_NOTICE = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "4",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+    # The hosts share one machine's memory: what else fills it is none of a host's business.
+    "RAY_memory_monitor_refresh_ms": "0",
 }
 
 
@@ -102,11 +104,11 @@ def node_options(host: Host, cpus: int = 1) -> list[str]:
 
 
 @contextmanager
-def open_cluster(folder: Path, tiny: Path) -> Iterator[RayHosts]:
+def open_cluster(folder: Path, tiny: Path, names: bool = False) -> Iterator[RayHosts]:
     """Four hosts, one CPU each, a Ray that wants a token, storage with the tiny model and data on it."""
     storage = folder / "storage"
     shutil.copytree(tiny, storage / "tiny")
-    network = Network(folder, storage)
+    network = Network(folder, storage, names)
     try:
         environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN, **QUICK_TO_NOTICE}
         head, *workers = [network.add(number, **environment) for number in (1, 2, 3, 4)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -11,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from commands import Attached, events_of, lepton, losses_of, run_folder, status_of, wait_for_step, wait_until, write_recipe
-from hosts import DISK, STORAGE, Host
+from commands import Attached, events_of, last_step, lepton, losses_of, run_folder, status_of, wait_for_step, wait_until, write_recipe
+from hosts import DISK, STORAGE, Host, has_open
 from rayhosts import RayHosts
 from safetensors.numpy import load_file
 
@@ -127,6 +128,33 @@ def test_a_run_survives(fault: str, ray_hosts: RayHosts, unbroken: dict[int, flo
         assert "does not answer" in attached.output and "node3" in attached.output
     assert_same_result(ray_hosts, fault, unbroken)
     assert status_of(folder)["state"] == "finished"
+
+
+@pytest.mark.parametrize("spare_too", [False, pytest.param(True, marks=pytest.mark.long)])
+def test_a_spare_takes_over(spare_too: bool, ray_hosts: RayHosts, tmp_path: Path) -> None:
+    """Once a run has stepped for a while a worker that dies is followed by its spare; by a new one, where that died too."""
+    ray_hosts.wait_for_nodes(4)
+    name = f"spare-{spare_too}".lower()
+    folder, host = run_folder(ray_hosts.storage, name), ray_hosts.host(3)
+    attached = Attached(ray_hosts.address, str(write_recipe(tmp_path, name, 5000, "save: {every_steps: 20}\n")), "--nodes", "4", *OPTIONS)
+    wait_until(lambda: len(worker_pids(host)) == 2, 150, "a spare is there")
+    wait_for_step(folder, (last_step(folder) // 20 + 2) * 20 + 5)  # some steps after a save: they are taken again
+    before, pids = losses_of(folder), worker_pids(host)
+    (trains,) = [pid for pid in pids if has_open(pid, "/logs/rank-")]
+    (spare,) = set(pids) - {trains}
+    for pid in pids if spare_too else [trains]:
+        os.kill(pid, signal.SIGKILL)
+    attached.wait_for("recovered in")
+    wait_for_step(folder, max(before) + 5)
+    assert has_open(spare, "/logs/rank-") if not spare_too else spare not in worker_pids(host)
+    status = json.loads(lepton(ray_hosts.address, "status", name, "--json").stdout)
+    assert status["restarts"] == 1 and sum(status["recovery_stages_s"].values()) == pytest.approx(status["recovery_s"])
+    lepton(ray_hosts.address, "stop", name)
+    assert attached.end() == 6, attached.output
+    after = losses_of(folder)
+    again = [step for step in before if step > max(before) // 20 * 20]
+    assert sorted(after) == list(range(1, max(after) + 1))
+    assert again and [after[step] for step in again] == pytest.approx([before[step] for step in again], abs=1e-6)
 
 
 @pytest.mark.long
