@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,44 @@ def test_a_freed_block_is_taken_again_and_joined_with_its_neighbours() -> None:
         allocator.free(key)
     allocator.allocate(3, 64 * MIB)
     assert (allocator.reserved, allocator.allocated, allocator.peak_allocated) == (64 * MIB, 64 * MIB, 64 * MIB)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_expandable_segments_keep_their_books(seed: int) -> None:
+    """Blocks, free ones and holes lie side by side without a gap, and what is reserved is all but the holes."""
+    choose = random.Random(seed)
+    allocator, held = Allocator(expandable=True), {}
+    for key in range(600):
+        if held and choose.random() < 0.5:
+            allocator.free(held.pop(choose.choice(list(held))))
+        else:
+            held[key] = key
+            allocator.allocate(key, choose.choice([700, 300_000, 3 * MIB, 45 * MIB, 200 * MIB]) + choose.randrange(100_000))
+        if key % 50 == 49:
+            allocator.empty_cache()
+        for pool in (allocator.large, allocator.small):
+            block, blocks = pool.tail, []
+            while block is not None:
+                assert block.before is None or (block.before.after is block and block.before.offset + block.before.size == block.offset)
+                blocks.append(block)
+                block = block.before
+            assert sorted(b.offset for b in blocks if b.free) == sorted(entry[2] for entry in pool.free)
+            assert all(hole in blocks and not hole.free for hole in pool.holes)
+        mapped = sum(
+            pool.tail.offset + pool.tail.size - sum(h.size for h in pool.holes) for pool in (allocator.large, allocator.small) if pool.tail
+        )
+        assert allocator.reserved == mapped >= allocator.allocated == sum(block.size for block in allocator.held.values())
+
+
+def test_emptying_the_cache_gives_back_pages_within() -> None:
+    allocator = Allocator(expandable=True)
+    for key, size in enumerate((100, 50, 30)):
+        allocator.allocate(key, size * MIB)
+    allocator.free(1)  # between two others, from 100 to 150 MiB
+    allocator.empty_cache()
+    assert allocator.reserved == 140 * MIB, "two of its pages of 20 MiB lie in it whole; the last one is rounded up"
+    allocator.allocate(3, 45 * MIB)
+    assert allocator.reserved == 180 * MIB, "the same addresses again"
 
 
 def test_fragmentation_costs_less_with_expandable_segments() -> None:

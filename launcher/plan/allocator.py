@@ -2,7 +2,7 @@
 
 From c10/cuda/CUDACachingAllocator.cpp: sizes are rounded up to 512 bytes; up to 1 MiB they come from segments of 2 MiB, below
 10 MiB from segments of 20 MiB, else from a segment of their own, rounded up to 2 MiB. A block is split where enough is left; freed
-neighbours are joined; the best fit is taken. With expandable segments a pool is one segment that grows at its end.
+neighbours are joined; the best fit is taken. With expandable segments a pool is one segment that grows at its end, and gives pages back within.
 """
 
 from __future__ import annotations
@@ -34,12 +34,14 @@ class _Block:
 class _Pool:
     """Blocks of one of torch's two pools. `free` is in order of size, then place: the first that is large enough is the best fit."""
 
-    __slots__ = ("free", "least", "small", "tail")
+    __slots__ = ("free", "holes", "least", "small", "tail")
 
     def __init__(self, small: bool, expandable: bool) -> None:
         self.small = small
         self.free: list[tuple[int, int, int, _Block]] = []
         self.tail: _Block | None = None
+        self.holes: list[_Block] = []
+        """Of expandable segments: addresses without memory, where pages were given back."""
         self.least = ROUND_TO if small or expandable else SMALL_LIMIT + 1
         """A block is split where so much is left."""
 
@@ -119,6 +121,9 @@ class Allocator:
 
     def _extend(self, pool: _Pool, size: int) -> _Block:
         page = SMALL_SEGMENT if pool.small else LARGE_SEGMENT
+        for hole in pool.holes:
+            if sum(block.size for block in (hole.before, hole, hole.after) if block is hole or (block is not None and block.free)) >= size:
+                return self._fill(pool, hole)
         tail = pool.tail
         if tail is not None and tail.free:
             del pool.free[bisect_left(pool.free, (tail.size, tail.segment, tail.offset))]
@@ -134,14 +139,73 @@ class Allocator:
         pool.tail = block
         return block
 
+    def _fill(self, pool: _Pool, hole: _Block) -> _Block:
+        """A hole with its pages again, joined with what is free beside it; not among the free ones."""
+        pool.holes.remove(hole)
+        self.reserved += hole.size
+        for beside in (hole.before, hole.after):
+            if beside is not None and beside.free:
+                del pool.free[bisect_left(pool.free, (beside.size, beside.segment, beside.offset))]
+                hole.offset, hole.size = min(hole.offset, beside.offset), hole.size + beside.size
+                self._unlink(pool, beside)
+        return hole
+
+    @staticmethod
+    def _unlink(pool: _Pool, block: _Block) -> None:
+        if block.before is not None:
+            block.before.after = block.after
+        if block.after is not None:
+            block.after.before = block.before
+        if pool.tail is block:
+            pool.tail = block.before
+
     def empty_cache(self) -> None:
-        """torch.cuda.empty_cache: whole free segments go back to the driver."""
-        if self.expandable:
-            return
+        """torch.cuda.empty_cache: whole free segments go back to the driver; of expandable ones, the pages that are free from end to end."""
         for pool in (self.large, self.small):
+            if self.expandable:
+                for *_, block in list(pool.free):
+                    self._unmap(pool, block)
+                continue
             kept = [entry for entry in pool.free if entry[3].before is not None or entry[3].after is not None]
             self.reserved -= sum(entry[0] for entry in pool.free) - sum(entry[0] for entry in kept)
             pool.free[:] = kept
+
+    def _unmap(self, pool: _Pool, block: _Block) -> None:
+        """Free block: its whole pages become a hole; what is left at either end stays free."""
+        page = SMALL_SEGMENT if pool.small else LARGE_SEGMENT
+        begin, end = round_up(block.offset, page), (block.offset + block.size) // page * page
+        if end <= begin:
+            return
+        self.reserved -= end - begin
+        del pool.free[bisect_left(pool.free, (block.size, block.segment, block.offset))]
+        if block.offset < begin:
+            self._cut_off(pool, block, begin - block.offset, first=True)
+        if block.offset + block.size > end:
+            self._cut_off(pool, block, block.offset + block.size - end, first=False)
+        block.free = False
+        if block.after is None:  # nothing beyond: the segment ends before it
+            self._unlink(pool, block)
+        else:
+            pool.holes.append(block)
+
+    @staticmethod
+    def _cut_off(pool: _Pool, block: _Block, size: int, *, first: bool) -> None:
+        """Its first or last bytes as a free block of their own."""
+        block.size -= size
+        if first:
+            rest = _Block(pool, block.segment, block.offset, size, block.before, block)
+            block.offset += size
+            block.before = rest
+            if rest.before is not None:
+                rest.before.after = rest
+        else:
+            rest = _Block(pool, block.segment, block.offset + block.size, size, block, block.after)
+            block.after = rest
+            if rest.after is not None:
+                rest.after.before = rest
+            if pool.tail is block:
+                pool.tail = rest
+        insort(pool.free, (size, rest.segment, rest.offset, rest))
 
 
 def replay(events: Iterable[tuple[str, int, int]], *, expandable: bool, limit: int | None = None) -> dict[str, tuple[int, int]]:

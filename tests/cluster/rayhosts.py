@@ -24,6 +24,8 @@ QUICK_TO_NOTICE = {
     "RAY_health_check_timeout_ms": "2000",
     "RAY_health_check_failure_threshold": "4",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",
+    # The hosts share one machine's memory: what else fills it is none of a host's business.
+    "RAY_memory_monitor_refresh_ms": "0",
 }
 
 
