@@ -13,9 +13,10 @@ import platform
 import struct
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,20 +142,23 @@ def make_plan_of(case: Case, folder: Path, accelerator: Any) -> Any:
     for section, keys in case.sections.items():
         sections[section] = {**sections.get(section, {}), **keys}
     recipe = Recipe.model_validate_json(json.dumps(sections))
-    plan = make_plan(recipe, find_local_cluster(case.ranks, accelerator), base_dir=str(folder), run_dir=str(run_dir))
+    cluster = find_local_cluster(case.ranks, accelerator)
+    if accelerator == "cpu":  # a thread a rank, whatever else the machine does
+        cluster = cluster.model_copy(update={"cpus_per_node": case.ranks})
+    plan = make_plan(recipe, cluster, base_dir=str(folder), run_dir=str(run_dir))
     plan.save(run_dir / "plan.json")
     return plan
 
 
-def run(plan: Any, module: Iterable[str], *, timeout: float = 1800) -> None:
+def run(plan: Any, module: Iterable[str], *, timeout: float = 1800, env: Mapping[str, str] = MappingProxyType({})) -> None:
     """The plan's ranks under torchrun. Raises RuntimeError with the end of what they said."""
     words = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={plan.layout.world_size}", "--standalone", *module]
-    env = os.environ | {
+    around = os.environ | {
         "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": str(plan.layout.threads_per_worker),
         "DS_ACCELERATOR": plan.layout.accelerator,
     }
-    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, env=env)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, env=around | dict(env))
     if done.returncode:
         # torchrun's own summary comes last and says nothing of what went wrong
         said = [line for line in done.stderr.splitlines() if "Error" in line or "→" in line]

@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.memory_cpu import CASES, LORA, TENSORS_WITHIN, measure
+from benchmarks.memory_cpu import CASES, LORA, TENSORS_WITHIN, follow_live, measure
 from benchmarks.memory_gpu import run_cases
 from benchmarks.memory_matrix import Case
 
@@ -27,6 +27,16 @@ def test_a_case_that_fails_is_a_row_that_says_so(tmp_path: Path) -> None:
     (row,) = run_cases([case], tmp_path, tmp_path / "rows.json", "cpu")
     assert "tokens" in row["failed"] and "figures" not in row
     assert json.loads((tmp_path / "rows.json").read_text())["rows"] == [json.loads(json.dumps(row))]
+
+
+def test_what_another_thread_freed_is_gone_once_its_place_is_taken() -> None:
+    assert follow_live([(1, 0xA, 100), (2, 0xB, 50), (3, 0xA, 70), (4, 0xB, -50), (5, 0xC, -8)]) == [
+        (1, 100),
+        (2, 150),
+        (3, 120),
+        (4, 70),
+        (5, 70),
+    ]
 
 
 def test_names_of_cases_are_their_own() -> None:

@@ -353,3 +353,22 @@ def test_packed_and_unpacked_training_losses_agree(tmp_path: Path) -> None:
                 total += float(sum_loss(logits_BSV, batch["labels"]))
         losses.append(total / int(samples.num_targets.sum()))
     assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+
+
+def test_check_packing_passes_in_8_bits(tmp_path: Path) -> None:
+    """LLM.int8() picks columns of outliers over all rows; activations here are large enough to have some."""
+    from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    made = LlamaForCausalLM(LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+                                        num_key_value_heads=4, vocab_size=64))  # fmt: skip
+    with torch.no_grad():
+        made.model.embed_tokens.weight.mul_(8)
+        for name, parameter in made.named_parameters():
+            parameter.mul_(4 if "layernorm" in name else 1)
+    made.save_pretrained(tmp_path)
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map={"": "cpu"}, dtype=torch.bfloat16
+    ).train()
+    check_packing(model)
+    assert {layer.state.threshold for layer in model.modules() if type(layer).__name__ == "Linear8bitLt"} == {6.0}

@@ -12,6 +12,7 @@ from tiny import plan_tiny
 
 from launcher.plan import Plan
 from launcher.plan.budget import Phase
+from launcher.plan.states import UPDATE_ON_CPU
 
 
 def tensors(phase: Phase, *but: str) -> int:
@@ -82,6 +83,40 @@ def test_the_peak_of_forward_and_backward(stage: int, micro_steps: int, tiny: Pa
 def test_every_optimizers_states(name: str, sections: dict[str, Any], tiny: Path, tmp_path: Path, one_rank: Ranks) -> None:
     plan, found = measured(one_rank, tiny, tmp_path / "run", optim={"name": name, **sections})
     assert steady(plan) == pytest.approx(found["after"]["step 2"], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "made"), [("adamw_8bit", "AdamW8bit"), ("lion_8bit", "Lion8bit"), ("paged_adamw", "AdamW"), ("lion", "Lion")]
+)
+def test_what_bitsandbytes_takes_for_a_moment_on_a_cpu(name: Any, made: str) -> None:
+    """Its operators are one to a dispatch mode: the profiler sees into them. Of the second step, when the states are there."""
+    import bitsandbytes
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    weight = torch.nn.Parameter(torch.randn(1 << 20))
+    weight.grad = torch.randn(1 << 20)
+    optimizer = getattr(bitsandbytes.optim, made)([weight], lr=1e-3)
+    optimizer.step()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        optimizer.step()
+    sizes = read_allocations(profiler)
+    live = [sum(sizes[: index + 1]) for index in range(len(sizes))]
+    assert max(live) == pytest.approx(UPDATE_ON_CPU[name] * weight.numel(), rel=0.01)
+
+
+def read_allocations(profiler: Any) -> list[int]:
+    """Bytes that were made, or below zero freed, in the order of time."""
+    from torch._C._profiler import _EventType
+
+    found: list[tuple[int, int]] = []
+    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
+    while waiting:
+        event = waiting.pop()
+        if event.tag == _EventType.Allocation:
+            found.append((event.start_time_ns, event.extra_fields.alloc_size))
+        waiting += event.children
+    return [size for _, size in sorted(found)]
 
 
 @pytest.mark.parametrize("bits", [4, 8])

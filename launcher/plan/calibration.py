@@ -92,7 +92,7 @@ def _apply_to(phase: Phase, sizes: Mapping[str, int], slack: float | None) -> Ph
     def measured(part: Component) -> Component:
         if part.name in REPLACED and part.name in sizes:
             return replace(part, bytes=sizes[part.name], provenance="fitted", error=ERROR)
-        if part.name == "allocator slack" and slack is not None:
+        if part.name == "allocator slack" and slack is not None and part.provenance == "assumed":  # a replay knows more than a share
             return replace(part, bytes=int(slack * tensors), provenance="fitted", error=0.5)
         return part
 

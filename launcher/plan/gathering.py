@@ -30,6 +30,8 @@ def gather(work: Workload, sharding: Sharding) -> Gathered:
     if sharding.stage != 3 or not layers:
         return Gathered(forward=0, loss=0, backward=0, largest=0, largest_layer=0)
     layer_bytes = max(size for size, _ in layers)
+    if sharding.ranks == 1 and not sharding.offload_param:  # a part is the whole: it is used where it lies (NoGatherHandle)
+        return Gathered(forward=0, loss=0, backward=0, largest=largest, largest_layer=layer_bytes)
     ahead = min(work.width * sharding.prefetch, layer_bytes)
     kept, distance = 0, 2 * (head[1] or embedding[1])
     for size, elements in reversed(layers):

@@ -18,14 +18,16 @@ from launcher.plan.decoder import CLOSED_FORMS
 from launcher.plan.evaluating import Evaluation, profile_evaluating
 from launcher.plan.fused import FUSED
 from launcher.plan.gathering import Gathered, gather
+from launcher.plan.heap import PIECE_LIFE, choose_threshold
+from launcher.plan.heap import replay as replay_heap
 from launcher.plan.host import make_disk, make_host_phases, make_network
 from launcher.plan.layout import Layout
 from launcher.plan.merging import make_merge_phases
-from launcher.plan.products import predict_products
+from launcher.plan.products import predict_objects, predict_products
 from launcher.plan.profile import Peak, StepProfile, bound_step, profile_step
 from launcher.plan.shape import ModelShape
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
-from launcher.plan.timeline import Event, Story, flushes_in_backward, tell_step
+from launcher.plan.timeline import ITERATIONS, Event, Story, flushes_in_backward, tell_step
 from launcher.plan.trainable import OTHERS, as_trained
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
@@ -156,7 +158,7 @@ def predict_memory(
     counts = count_states(work)
     states = states or make_states(
         counts, sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
-        micro_steps=batch.gradient_accumulation_steps,
+        micro_steps=batch.gradient_accumulation_steps, on_cpu=work.device == "cpu",
     )  # fmt: skip
     limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
     states = _flatten_where_there_is_room(states, limit, on_device=work.device == "cuda" and sharding.stage in (1, 2))
@@ -168,12 +170,11 @@ def predict_memory(
     )
     evaluating = _profile_evaluating(recipe, shape, layout, batch, acting, profile)
     phases = _make_phases(parts, profile, evaluating, known=known)
-    story = (
-        tell_step(parts.acting, states, sharding, parts.keeps, batch.gradient_accumulation_steps)
-        if replay and layout.accelerator == "cuda"
-        else None
-    )
-    slack = _make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
+    story = tell_step(parts.acting, states, sharding, parts.keeps, batch.gradient_accumulation_steps) if replay else None
+    if story is not None and layout.accelerator == "cpu":
+        slack = _make_heap_slack(phases, story, choose_threshold(work))
+    else:
+        slack = _make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
     finished = tuple(
         Phase(name=name, components=_finish(components, slack[name], work, overheads, sharding, name))
         for name, components in phases.items()
@@ -229,7 +230,7 @@ def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
     work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     states = make_states(
         count_states(work), sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
-        micro_steps=batch.gradient_accumulation_steps,
+        micro_steps=batch.gradient_accumulation_steps, on_cpu=work.device == "cpu",
     )  # fmt: skip
     parts = Parts(work, work, sharding, count_states(work), states, batch.gradient_accumulation_steps)
     held = states.weights + states.persistent + states.quant_state + states.adapters + states.master + states.optimizer
@@ -420,6 +421,17 @@ def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, 
     return slack
 
 
+def _make_heap_slack(phases: dict[str, Held], story: Story, threshold: int) -> dict[str, Component]:
+    """What glibc's heap keeps in holes, replayed (heap.py). What an earlier phase left stays, so each has the most until then."""
+    allocations = sum(1 for phase, size, _ in story.events if size > 0 and phase not in ("load", "engine start")) // ITERATIONS
+    peaks = replay_heap(story.events, threshold, piece_life=int(PIECE_LIFE * allocations))
+    slack: dict[str, Component] = {}
+    for name in phases:
+        resident, live = peaks.get(story.phase_of(name), (0, 0))
+        slack[name] = part("allocator slack", max(0, resident - live), "fitted", 0.5, "reserved")
+    return slack
+
+
 def _reserve(events: list[Event], expandable: bool) -> int:
     """What a stream of its own reserves."""
     return max((reserved for reserved, _ in replay_allocator(events, expandable=expandable).values()), default=0)
@@ -432,7 +444,7 @@ def _finish(
     if work.device == "cpu":
         compiled = 0 if phase in ("load", "engine start") else predict_products(work)
         outside = [
-            part("library workspace", compiled, "fitted", 0.5, "reserved"),
+            part("library workspace", compiled + predict_objects(work), "fitted", 0.5, "reserved"),
             slack,
             part("libraries", overheads.libraries, "fitted", overheads.libraries_error, "total"),
         ]

@@ -1,8 +1,8 @@
-"""What oneDNN keeps on a CPU: torch hands it every matrix product in bf16, and it compiles code for each shape anew.
+"""What a CPU worker keeps beside tensors: oneDNN's products, and the objects of Python and C++ that a model is made of.
 
-Two caches hold what was compiled (torch's, LRU_CACHE_CAPACITY; oneDNN's, ONEDNN_PRIMITIVE_CACHE_CAPACITY), each up to 1,024 products, each product
-with a buffer as large as its result. Where rows differ in length that is without bound in practice: SmolLM2-135M grows by 550 MiB, a gradient
-of a 2,048 × 5,632 matrix alone by 22 MiB a length (torch 2.13, oneDNN's brg_matmul). Products of fp32 go to MKL, which keeps nothing.
+torch hands oneDNN every matrix product in bf16, and it compiles code for each shape anew. Two caches hold what was compiled (torch's,
+LRU_CACHE_CAPACITY; oneDNN's, ONEDNN_PRIMITIVE_CACHE_CAPACITY), each up to 1,024 products. Where rows differ in length that is without bound in
+practice: SmolLM2-135M grows by 550 MiB, the heap's holes between products among them. Products of fp32 go to MKL, which keeps nothing.
 Workers therefore bound both caches to what one micro-step computes (launcher/train/budget.py), and the plan counts that.
 """
 
@@ -17,22 +17,23 @@ LEAST_KEPT = 48
 """Products; so that a model of unknown parts does not compile each anew: a Llama with adapters has 31."""
 SPARE = 8
 CODE_BYTES = 512 << 10
-"""Compiled code and small buffers a product: 28 to 1,400 KiB beyond the result were measured, over twelve shapes on a CPU with AMX."""
+"""Compiled code and buffers a product: 300 to 1,400 KiB were measured over twelve shapes on a CPU with AMX (torch 2.13, oneDNN's brg_matmul),
+2,400 KiB for one."""
 ATTENTION = 6
 """Small products in the backward pass of torch's fused attention on a CPU."""
 
 
 @lru_cache(maxsize=256)
-def find_products(work: Workload) -> tuple[int, int]:
-    """How many different products a micro-step has, and the elements of all their results."""
+def count_products(work: Workload) -> int:
+    """How many different products a micro-step has."""
     shape, method, tokens = work.shape, work.method, work.tokens
-    found: dict[tuple[str, int, int, int], int] = {}
+    found: set[tuple[str, int, int, int]] = set()
 
     def add(kind: str, rows: int, n_in: int, n_out: int, *, trained: bool) -> None:
-        found["forward" + kind, rows, n_in, n_out] = rows * n_out
-        found["of input" + kind, rows, n_out, n_in] = rows * n_in
+        found.add(("forward" + kind, rows, n_in, n_out))
+        found.add(("of input" + kind, rows, n_out, n_in))
         if trained:
-            found["of weight" + kind, rows, n_in, n_out] = n_in * n_out
+            found.add(("of weight" + kind, rows, n_in, n_out))
 
     columns = work.micro_batch_size * work.loss_columns
     for block in shape.inventory:
@@ -48,16 +49,29 @@ def find_products(work: Workload) -> tuple[int, int]:
             if rank:
                 add(" A", rows, n_in, rank, trained=True)
                 add(" B", rows, rank, n_out, trained=True)
-    return len(found) + ATTENTION, sum(found.values())
+    return len(found) + ATTENTION
 
 
 def count_kept(work: Workload) -> int:
     """Products that each cache may hold."""
-    return max(LEAST_KEPT, find_products(work)[0] + SPARE)
+    return max(LEAST_KEPT, count_products(work) + SPARE)
 
 
 def predict_products(work: Workload) -> int:
     """Bytes that the caches hold once a micro-step was taken."""
-    if work.device != "cpu" or work.width != 2:
-        return 0
-    return count_kept(work) * CODE_BYTES + work.width * find_products(work)[1]
+    return count_kept(work) * CODE_BYTES if work.device == "cpu" and work.width == 2 else 0
+
+
+WORKER_OBJECTS, LAYER_OBJECTS, ADAPTER_OBJECTS = 3 << 20, 100 << 10, 60 << 10
+"""Bytes of a worker's engine; of a layer's modules, parameters and DeepSpeed's hooks; of the ten modules that peft puts in a linear layer's place.
+Fitted on models 64 wide, of 2 and 24 layers, full and LoRA, in fp32, that no table of results has."""
+
+
+def predict_objects(work: Workload) -> int:
+    """Bytes of Python's and C++'s own objects around the tensors."""
+    shape, method = work.shape, work.method
+    adapted = sum(
+        block.repeats for block in shape.inventory for weight in block.weights
+        if method.r and adapter_rank(shape.model_type, block.prefix, weight, method.r, method.target_modules)
+    )  # fmt: skip
+    return WORKER_OBJECTS + LAYER_OBJECTS * shape.num_layers + ADAPTER_OBJECTS * adapted

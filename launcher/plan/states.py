@@ -162,15 +162,59 @@ class States:
     """The start's peak where groups are flattened in host memory: DeepSpeed does so where the device has no room for the copy."""
 
 
-def make_states(counts: Counts, sharding: Sharding, *, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int) -> States:
+UPDATE: dict[OptimizerName, int] = {"adafactor": 8}
+"""Bytes an element of a flat tensor that an optimizer takes for a moment (torch 2.13, optim/_adafactor.py): the gradient's square, and a copy of
+the variance."""
+UPDATE_ON_CPU: dict[OptimizerName, int] = UPDATE | {
+    "adamw_8bit": 20,
+    "paged_adamw_8bit": 20,
+    "lion_8bit": 20,
+    "paged_adamw": 12,
+    "lion": 12,
+}
+"""There bitsandbytes computes in torch's operators (backends/cpu/ops.py). 8 bits: both states and the gradient in fp32, a root and its quotient;
+Lion: the state, the gradient, two products and their sum. 32 bits: the gradient, and two of what its direction is made of."""
+
+
+def make_states(
+    counts: Counts, sharding: Sharding, *, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int, on_cpu: bool = False
+) -> States:
     """States of the rank that holds most."""
-    return _make_states(counts, sharding, width, optimizer, momentum, min(micro_steps, 2))  # the second micro-step is like all that follow
+    # the second micro-step is like all that follow
+    return _make_states(counts, sharding, width, optimizer, momentum, min(micro_steps, 2), on_cpu)
 
 
 @lru_cache(maxsize=512)
-def _make_states(counts: Counts, sharding: Sharding, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int) -> States:
+def _make_states(
+    counts: Counts, sharding: Sharding, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int, on_cpu: bool
+) -> States:
     maker = {0: _replicated, 1: _partitioned, 2: _partitioned, 3: _sharded}[sharding.stage]
-    return maker(counts, sharding, width, optimizer, momentum, micro_steps)
+    held = maker(counts, sharding, width, optimizer, momentum, micro_steps)
+    updated = _largest_updated(counts, sharding)
+    # The group's gradient in fp32; what it came from is let go after the step (stage_1_and_2.py, grads_in_partition), or in stage 3 is counted as held.
+    gradients = held.step_peak if sharding.stage == 0 else 4 * updated + (width * held.partition if sharding.stage < 3 else 0)
+    moment = (UPDATE_ON_CPU if on_cpu else UPDATE).get(optimizer, 0) * updated
+    return held if sharding.offload_optimizer else replace(held, step_peak=max(held.step_peak, gradients + moment))
+
+
+def _largest_updated(counts: Counts, sharding: Sharding) -> int:
+    """Elements of the largest tensor that the optimizer is given: a parameter, a group's part, or a sub-group's."""
+    groups, ranks = (counts.decayed, counts.spared), sharding.ranks
+    if sharding.stage == 0:
+        return max(counts.decayed + counts.spared, default=0)
+    if sharding.stage == 3:
+        parts = tuple(-(-count // ranks) for count in counts.decayed + counts.spared)
+        return max(_sub_groups(parts, len(counts.decayed), sharding.sub_group), default=0)
+    return max((_padded(group, ranks) // ranks for group in groups), default=0)
+
+
+def _padded(group: tuple[int, ...], ranks: int) -> int:
+    """Elements of a flat group of stages 1 and 2."""
+    return -(-sum(group) // (2 * ranks)) * 2 * ranks
+
+
+REDUCED_AT_ONCE = 500_000_000
+"""Gradients, in elements, that stage 0 copies into one flat tensor, on one rank too (runtime/engine.py, allreduce_bucket)."""
 
 
 def _replicated(counts: Counts, sharding: Sharding, width: int, name: OptimizerName, momentum: bool, micro_steps: int) -> States:
@@ -185,7 +229,7 @@ def _replicated(counts: Counts, sharding: Sharding, width: int, name: OptimizerN
     return States(
         weights=_frozen(counts, width) + width * (trained - counts.adapters), quant_state=counts.quant_state_bytes, adapters=width * counts.adapters,
         persistent=0, master=master, optimizer=states, gradients=gradients if micro_steps > 1 else 0, bucket=0, bucket_always=False,
-        partition=trained, part_bytes=gradients, reduce_copy=gradients if sharding.ranks > 1 else 0, start_peak=start,
+        partition=trained, part_bytes=gradients, reduce_copy=width * min(trained, REDUCED_AT_ONCE), start_peak=start,
         step_peak=gradients + fp32_gradients, host=0, host_pinned=(),
     )  # fmt: skip
 
@@ -197,7 +241,7 @@ def _frozen(counts: Counts, width: int) -> int:
 def _partitioned(counts: Counts, sharding: Sharding, width: int, name: OptimizerName, momentum: bool, micro_steps: int) -> States:
     """Stages 1 and 2: each group of trained parameters is one flat tensor, cut into equal parts."""
     ranks = sharding.ranks
-    flats = [-(-sum(group) // (2 * ranks)) * 2 * ranks for group in (counts.decayed, counts.spared) if group]
+    flats = [_padded(group, ranks) for group in (counts.decayed, counts.spared) if group]
     parts = tuple(flat // ranks for flat in flats)
     part, flat, largest = sum(parts), sum(flats), max(parts, default=0)
     states = optimizer_bytes(name, momentum, parts, flat=True)
@@ -214,7 +258,8 @@ def _partitioned(counts: Counts, sharding: Sharding, width: int, name: Optimizer
         gradients=(width * counts.trained if sharding.stage == 1 else width * part) if micro_steps > 1 else 0,
         bucket=bucket, bucket_always=False, partition=part, part_bytes=width * part,
         reduce_copy=width * in_bucket if ranks > 1 else 0, start_peak=max(flattened, least), start_least=least,
-        step_peak=_flat_step(name, width, part, largest), host=0, host_pinned=(),
+        # this rank's gradients, their flat copy, and that in fp32
+        step_peak=width * part + width * largest + (4 * largest if width < 4 else 0), host=0, host_pinned=(),
     )  # fmt: skip
     if not sharding.offload_optimizer:
         return held
@@ -236,14 +281,6 @@ def _offloaded(held: States, on_device: int, host: int, pinned: tuple[int, ...])
     )  # fmt: skip
 
 
-def _flat_step(name: OptimizerName, width: int, part: int, largest: int) -> int:
-    """Gradients of this rank, their flat copy, and that in fp32; then what the optimizer itself takes."""
-    gradients = width * part
-    copies = width * largest + (4 * largest if width < 4 else 0)
-    update = {"adafactor": 8 * largest, "sgd": 0}.get(name, 0)
-    return max(gradients + copies, gradients + 4 * largest + update)
-
-
 def _sharded(counts: Counts, sharding: Sharding, width: int, name: OptimizerName, momentum: bool, micro_steps: int) -> States:
     """Stage 3: each parameter is cut into equal parts; small ones are held whole too."""
     ranks = sharding.ranks
@@ -251,7 +288,7 @@ def _sharded(counts: Counts, sharding: Sharding, width: int, name: OptimizerName
     parts = tuple(-(-count // ranks) for count in trained)
     part = sum(parts)
     frozen = sum(-(-count // ranks) for count in counts.frozen)
-    whole = sum(count for count in trained + counts.frozen if count <= sharding.persistence)
+    whole = sum(count for count in trained + counts.frozen if count <= sharding.persistence) if ranks > 1 else 0
     adapters = min(counts.adapters, counts.trained)
     adapter_part = part if adapters == counts.trained else 0
     groups = _sub_groups(parts, len(counts.decayed), sharding.sub_group)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from launcher.plan.gathering import gather, sizes_of
@@ -34,6 +35,13 @@ class Story:
         if key:
             self.events.append((phase, -size, key))
 
+    def begin_all(self, phase: str, sizes: Iterable[int]) -> list[tuple[int, int]]:
+        return [(self.begin(phase, size), size) for size in sizes]
+
+    def end_all(self, phase: str, blocks: Iterable[tuple[int, int]]) -> None:
+        for key, size in blocks:
+            self.end(phase, key, size)
+
     def passing(self, phase: str, *sizes: int) -> None:
         """What is held together for a moment."""
         keys = [(self.begin(phase, size), size) for size in sizes]
@@ -48,6 +56,7 @@ class Story:
 def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, micro_steps: int) -> Story:
     """The stream of one rank. Parameters come one by one, states flat, as DeepSpeed makes them."""
     story = Story([])
+    spread, optimizer = _in_blocks(work, states, sharding)
     _load(story, work, states, sharding)
     story.passing("engine start", states.start_peak)
     story.events.append(("engine start", 0, 0))  # DeepSpeed empties the cache between groups
@@ -58,35 +67,52 @@ def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, m
         story.begin("engine start", states.gradients)
     tape = recorded_step(work, keep_gradients=keeps, gradients_exist=keeps and micro_steps > 1)
     assert tape.events is not None
+    whole_is_gathered = sharding.ranks > 1 or sharding.offload_param
     if sharding.stage == 3 and sharding.overlap:
-        story.side = (_fetch(work, sharding), _reduce(work, sharding))
+        story.side = (_fetch(work, sharding) if whole_is_gathered else [], _reduce(work, sharding))
     whole = 0 if story.side else gather(work, sharding).backward
     counts = count_states(work)
     whole_gradients, flushes = work.width * counts.trained, flushes_in_backward(counts, sharding)
     step = _make_micro_step(tape.events, states, story.next_key, early=sharding.stage == 1 and micro_steps > 1, flushes=flushes)
     story.next_key = step.next_key
     for iteration in range(ITERATIONS):
-        held = story.begin("forward", states.gradients) if sharding.stage != 3 else 0
+        held = story.begin_all("forward", spread(states.gradients)) if sharding.stage != 3 else []
         resident = states.gradients if held else 0
         gathered = story.begin("forward", whole)
         story.events += step.events  # what begins in it ends before the next, so that its keys may come again
         story.end("reduce", gathered, whole)
-        left = story.begin("reduce", whole_gradients) if keeps and micro_steps == 1 else 0
+        left = story.begin_all("reduce", spread(whole_gradients)) if keeps and micro_steps == 1 else []
         story.passing("reduce", states.reduce_copy)
         story.end("reduce", step.bucket, states.bucket)
         if sharding.stage == 1:  # gradients of other ranks' parts go; stage 0's stay where they are
-            story.end("reduce", held, resident)
-            story.end("reduce", left, whole_gradients)
-            held, resident = story.begin("reduce", states.part_bytes), states.part_bytes
+            story.end_all("reduce", [*held, *left])
+            held, resident = story.begin_all("reduce", spread(states.part_bytes)), states.part_bytes
         elif left:
             held, resident = left, whole_gradients
         if iteration == 0:
-            story.begin("optimizer step", states.optimizer)
+            story.begin_all("optimizer step", optimizer)
         there = resident + (states.part_bytes if step.mine else 0)
-        story.passing("optimizer step", max(0, states.step_peak - there))  # the gradients are in that peak
-        story.end("optimizer step", held, resident)
+        taken = max(0, states.step_peak - there)  # the gradients are in that peak
+        story.passing("optimizer step", *(spread(taken) if sharding.stage == 0 else [taken]))
+        story.end_all("optimizer step", held)
         story.end("optimizer step", step.mine, states.part_bytes)
     return story
+
+
+def _in_blocks(work: Workload, states: States, sharding: Sharding) -> tuple[Callable[[int], list[int]], list[int]]:
+    """How gradients come in blocks, and the optimizer's states. On a CPU, whose heap tells small blocks from large: gradients that lie in their
+    parameters, and all that stage 0 has, a block a parameter; flat states in two."""
+    if work.device != "cpu":
+        return lambda size: [size], [states.optimizer]
+    counts = count_states(work)
+    trained = counts.decayed + counts.spared
+
+    def spread(size: int) -> list[int]:
+        return [size * count // sum(trained) for count in trained]
+
+    if sharding.stage == 0:
+        return spread, spread(states.optimizer)
+    return spread if sharding.stage == 1 else lambda size: [size], [states.optimizer // 2] * 2
 
 
 def _load(story: Story, work: Workload, states: States, sharding: Sharding) -> None:

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from launcher.errors import OutOfMemory
 from launcher.plan import Plan
 from launcher.plan.budget import FigureName, MemoryPlan
+from launcher.plan.heap import choose_threshold
 from launcher.plan.memory import make_workload
 from launcher.plan.products import count_kept
 from launcher.recipe import Lora, QLora
@@ -79,6 +80,23 @@ def bound_compiled_products(plan: Plan) -> None:
         kept = str(count_kept(make_workload(plan.recipe, plan.shape, plan.layout, plan.batch)))
         for variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
             os.environ.setdefault(variable, kept)
+
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+
+
+def bound_heap(plan: Plan) -> None:
+    """Set glibc's two thresholds as the plan has them (launcher/plan/heap.py): otherwise what it keeps depends on what it freed before.
+
+    What the user has set stays. Other C libraries have no such call.
+    """
+    if plan.layout.accelerator != "cpu" or any("MALLOC" in name or "glibc.malloc" in value for name, value in os.environ.items()):
+        return
+    threshold = choose_threshold(make_workload(plan.recipe, plan.shape, plan.layout, plan.batch))
+    with suppress(AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_THRESHOLD, threshold)
+        libc.mallopt(M_TRIM_THRESHOLD, threshold)
 
 
 def outside_allocator(memory: MemoryPlan) -> int:

@@ -29,7 +29,7 @@ from launcher.plan import Plan, load_plan
 from launcher.recipe import Lora
 from launcher.run import Event, RunFolder, cache_dir
 from launcher.train import best
-from launcher.train.budget import Watch, bound_compiled_products
+from launcher.train.budget import Watch, bound_compiled_products, bound_heap
 from launcher.train.data import Samples, check_packing, load_samples, open_eval_batches, open_steps
 from launcher.train.evaluate import answer_prompts, measure_loss
 from launcher.train.export import export_model
@@ -297,6 +297,7 @@ def _process_group(plan: Plan, me: Rank) -> Iterator[None]:
     else:
         torch.set_num_threads(plan.layout.threads_per_worker)
         bound_compiled_products(plan)
+        bound_heap(plan)
     if me.store is None:
         dist.init_process_group(plan.layout.backend, timeout=GROUP_TIMEOUT)
     else:
