@@ -1,5 +1,7 @@
-# An image of lepton-launch. Not built by CI and not yet built at all: the machines this project is made on have no
-# Docker engine. Its steps are those of the Makefile, which CI does run (make install); only apt and the user are added.
+# An image of lepton-launch. Its steps are those of the Makefile, which CI runs (make install); only apt and the user are added.
+# CI does not build it: the machines this project is made on have no Docker engine. It was built and tried there with buildah
+# 1.28 (chroot isolation) on 2026-11-24, on a Debian bookworm from debootstrap (BASE=...): 2.99 GB; doctor, and the quickstart to
+# its end as the user lepton. Without an engine: buildah bud --isolation chroot -t lepton-launch .
 #
 #   docker build -t lepton-launch .
 #   docker run --rm lepton-launch doctor

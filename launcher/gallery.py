@@ -78,7 +78,7 @@ def _companions(source: Path) -> list[Path]:
     """The files below the recipe's folder that it needs: bases it extends, data files, a chat template."""
     from ruamel.yaml import YAML
 
-    from launcher.recipe import load_recipe
+    from launcher.recipe_file import load_recipe
 
     needed: list[Path] = []
     base = source

@@ -11,7 +11,7 @@ from launcher.errors import RecipeError
 from launcher.gallery import find_gallery
 from launcher.plan import Plan, make_plan
 from launcher.plan.devices import find_device, make_cluster
-from launcher.recipe import load_recipe
+from launcher.recipe_file import load_recipe
 from launcher.units import GIB
 
 SETUPS = (

@@ -181,7 +181,7 @@ def test_a_run_leaves_its_recipe_and_its_plan_and_shows_what_it_came_to(recipe: 
 
 
 def test_the_recipe_in_the_run_folder_reads(recipe: Path, jobs: list[Plan]) -> None:
-    from launcher.recipe import load_recipe
+    from launcher.recipe_file import load_recipe
 
     invoke(recipe)
     given = load_recipe(Path("runs/tiny/recipe.yaml"))

@@ -8,7 +8,7 @@ import pytest
 
 from launcher import gallery
 from launcher.errors import RecipeError
-from launcher.recipe import load_recipe
+from launcher.recipe_file import load_recipe
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from launcher.plan.devices import find_device, make_cluster
 from launcher.plan.evaluating import TEMPLATE_TOKENS
 from launcher.plan.losses import LOSS_CHUNK
 from launcher.plan.states import NVME_BUFFER, NVME_IN_MEMORY
-from launcher.recipe import OptimName, Recipe, find_conflicts
+from launcher.recipe import OptimName, Recipe
+from launcher.recipe_file import find_conflicts
 
 SMALL, LLAMA_8B = "HuggingFaceTB/SmolLM2-135M-Instruct", "meta-llama/Llama-3.1-8B-Instruct"
 TOKENS = 4096

@@ -322,7 +322,8 @@ from pathlib import Path
 from launcher.cluster import find_local_cluster
 from launcher.plan import load_plan, make_plan
 from launcher.plan.describe import describe_plan
-from launcher.recipe import load_recipe, make_json_schema
+from launcher.recipe import make_json_schema
+from launcher.recipe_file import load_recipe
 recipe = load_recipe(Path({str(Path(__file__).parent.parent / "recipes/quickstart.yaml")!r}), ("parallel.zero_stage=3",))
 plan = make_plan(recipe, find_local_cluster(2, "cpu"), base_dir="recipes", run_dir="/x")
 describe_plan(plan), make_json_schema()

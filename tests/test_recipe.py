@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from launcher.errors import Fault, RecipeError
-from launcher.recipe import Freeze, Full, Lora, QLora, Recipe, Source, load_recipe
+from launcher.recipe import Freeze, Full, Lora, QLora, Recipe, Source
+from launcher.recipe_file import load_recipe
 
 GOOD = """\
 name: good

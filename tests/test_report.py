@@ -98,7 +98,7 @@ def test_the_card_has_front_matter_recipe_hashes_versions_and_results(method: An
 
 
 def test_the_recipe_in_the_card_is_the_recipe(tiny: Path, tmp_path: Path) -> None:
-    from launcher.recipe import load_recipe
+    from launcher.recipe_file import load_recipe
 
     folder, plan = fill_run(tiny, tmp_path, RUN)
     write_model_card(folder, plan)

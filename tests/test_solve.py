@@ -21,7 +21,8 @@ from launcher.plan.memory import count_trainable
 from launcher.plan.plan import make_choice, make_predictor, make_suggestions
 from launcher.plan.solve import Candidate, apply_changes, make_candidates
 from launcher.plan.sweep import is_axis, make_sweep, read_axis
-from launcher.recipe import Lora, QLora, Recipe, load_recipe
+from launcher.recipe import Lora, QLora, Recipe
+from launcher.recipe_file import load_recipe
 from launcher.view_plan import format_changes
 
 LLAMA_8B, LLAMA_1B = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"

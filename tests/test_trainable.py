@@ -148,6 +148,21 @@ def test_an_unknown_architecture_is_built_and_traced(tmp_path: Path) -> None:
     )
 
 
+def test_an_architecture_that_nothing_can_build_is_a_guess_and_says_so(tmp_path: Path) -> None:
+    plan = plan_of(write_config(tmp_path / "wombat", "wombat"), tracer=MetaTracer())
+    assert "weights and activations: counted as those of a Llama of the same sizes, ±20%, because wombat" in notes_of(plan)
+    assert "no model type 'wombat'" in notes_of(plan)
+    held = [part for phase in plan.memory.phases for part in phase.components if part.counts_in == "allocated"]
+    assert all(part.provenance == "assumed" and part.error >= 0.2 for part in held)
+
+
+@pytest.mark.parametrize("model", ["google/flan-t5-base", "openai/whisper-tiny", "Qwen/Qwen2.5-VL-3B-Instruct"])
+def test_what_is_no_decoder_is_half_as_sure_without_torch(model: str) -> None:
+    plan = plan_of(model)
+    assert "activations: counted as those of a Llama of the same sizes, ±50%" in notes_of(plan)
+    assert "with torch, transformers and peft installed it is traced" in notes_of(plan)
+
+
 def test_dora_trains_a_magnitude_for_each_output(tmp_path: Path) -> None:
     model = write_config(tmp_path, "llama")
     lora, dora = (plan_of(model, method={"kind": "lora", "r": 4, "dora": dora}).trainable_params for dora in (False, True))

@@ -29,7 +29,7 @@ def data(
     as_json: JsonOption = False,
 ) -> None:
     """Show the examples as the model will see them, the tokens that carry loss marked, and how they fill the packs."""
-    from launcher.recipe import load_recipe
+    from launcher.recipe_file import load_recipe
     from launcher.train.inspect import inspect_data
     from launcher.view import print_data
 

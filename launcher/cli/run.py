@@ -75,7 +75,7 @@ def run(
     """Fine-tune what the recipe says; the word run may be left out."""
     from launcher.cli.planning import check_fits, make_budget_override, show_dry_run, show_sweep
     from launcher.plan.sweep import is_axis
-    from launcher.recipe import load_recipe
+    from launcher.recipe_file import load_recipe
     from launcher.resuming import choose_run, continue_plan
 
     path, changes = locate_named_recipe(recipe), tuple(overrides or ()) + make_budget_override(budget)

@@ -217,10 +217,11 @@ def _choose_profile(work: Workload, keep_gradients: bool, tracer: Tracer | None)
         return found, acting, [f"activations: traced on the meta device{why}{dense}"]
     if known:
         return None, work, []
-    reason = f" (not traced: {found})" if found else ""
+    counted = "activations" if work.shape.is_known or work.shape.is_counted else "weights and activations"
+    reason = f" (not traced: {found})" if found else "; with torch, transformers and peft installed it is traced"
     return None, acting, [
-        f"activations: counted as those of a Llama of the same sizes, ±{50 if kind in OTHERS else 20}%, because {kind} has no exact"
-        f" arithmetic here{reason}; with torch, transformers and peft installed it is traced"
+        f"{counted}: counted as those of a Llama of the same sizes, ±{50 if kind in OTHERS else 20}%, because {kind} has no exact arithmetic"
+        f" here{reason}"
     ]  # fmt: skip
 
 
@@ -456,7 +457,15 @@ def _finish(
     for component in [*components, *outside]:
         before = merged.get(component.name)
         merged[component.name] = component if before is None else _merge(before, component)
-    return tuple(merged[name] for name in COMPONENTS if name in merged and merged[name].bytes > 0)
+    told = tuple(merged[name] for name in COMPONENTS if name in merged and merged[name].bytes > 0)
+    if work.shape.is_known or work.shape.is_counted:
+        return told
+    return tuple(_guess(component) if component.counts_in == "allocated" else component for component in told)
+
+
+def _guess(component: Component) -> Component:
+    """A component of a model whose very parameters are taken to be a Llama's."""
+    return replace(component, provenance="assumed", error=max(component.error, 0.2))
 
 
 TRUST: tuple[Provenance, ...] = ("exact", "source", "fitted", "assumed")

@@ -19,7 +19,8 @@ from launcher.plan.layout import Layout, is_installed, make_layout, trains_shard
 from launcher.plan.losses import changes_logits
 from launcher.plan.shape import ModelShape, read_text_part
 from launcher.plan.speed import estimate_step
-from launcher.recipe import Lora, QLora, Recipe, find_conflicts
+from launcher.recipe import Lora, QLora, Recipe
+from launcher.recipe_file import find_conflicts
 from launcher.units import format_bytes
 
 Changes = dict[str, Any]
