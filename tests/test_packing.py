@@ -357,6 +357,7 @@ def test_packed_and_unpacked_training_losses_agree(tmp_path: Path) -> None:
 
 def test_check_packing_passes_in_8_bits(tmp_path: Path) -> None:
     """LLM.int8() picks columns of outliers over all rows; activations here are large enough to have some."""
+    import bitsandbytes as bnb
     from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -370,5 +371,9 @@ def test_check_packing_passes_in_8_bits(tmp_path: Path) -> None:
     model = LlamaForCausalLM.from_pretrained(
         tmp_path, quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map={"": "cpu"}, dtype=torch.bfloat16
     ).train()
-    check_packing(model)
-    assert {layer.state.threshold for layer in model.modules() if type(layer).__name__ == "Linear8bitLt"} == {6.0}
+    from peft import LoraConfig, get_peft_model
+
+    check_packing(
+        get_peft_model(model, LoraConfig(target_modules="all-linear", r=4, task_type="CAUSAL_LM"))
+    )  # peft's layer has the same name
+    assert {layer.state.threshold for layer in model.modules() if type(layer) is bnb.nn.Linear8bitLt} == {6.0}
