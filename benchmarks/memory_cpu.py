@@ -68,7 +68,9 @@ def profile_rank(plan_file: Path) -> None:
     while waiting:
         event = waiting.pop()
         if event.tag == _EventType.Allocation:
-            seen.append((event.start_time_ns, event.extra_fields.ptr, event.extra_fields.alloc_size))
+            fields = event.extra_fields
+            if fields.total_allocated or fields.alloc_size < 0:  # a file that is mapped is told of with a total of zero
+                seen.append((event.start_time_ns, fields.ptr, fields.alloc_size))
         waiting += event.children
     np.save(Path(plan.run_dir) / f"live-{me.rank}.npy", np.array(follow_live(sorted(seen)), dtype=np.int64))
     if me.rank == 0:
