@@ -92,7 +92,10 @@ def follow_live(seen: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
 
 
 def read_live(run_dir: Path, ranks: int) -> dict[str, int]:
-    """Peaks of live bytes while the model is built and over the steps, and what is held after the last: of the rank with most."""
+    """The peak of live bytes over three steps, and what is held after them: of the rank with most.
+
+    Not while the model is built: the profiler takes a mapped file for what was allocated.
+    """
     import numpy as np
 
     marks = json.loads((run_dir / "marks.json").read_text())
@@ -101,7 +104,7 @@ def read_live(run_dir: Path, ranks: int) -> dict[str, int]:
     # Clocks differ by some milliseconds, and the last step is followed by a save: the third is like it.
     last = sorted(m["time_ns"] for m in marks if m["event"] == "step")[-2]
     mapped = next(m["mapped_bytes"] for m in marks if m["event"] == "memory")  # weights in the model's file: no allocator sees them
-    found: dict[str, int] = {"building": 0, "stepping": 0, "held": 0}
+    found: dict[str, int] = {"stepping": 0, "held": 0}
     for rank in range(ranks):
         times, live = np.load(run_dir / f"live-{rank}.npy").T
         base = int(live[times < loading][-1]) if (times < loading).any() else 0
@@ -109,17 +112,15 @@ def read_live(run_dir: Path, ranks: int) -> dict[str, int]:
         def peak(begin: int, end: int, times: Any = times, live: Any = live, base: int = base) -> int:
             return int(live[(times >= begin) & (times < end)].max()) - base
 
-        seen = {"building": peak(loading, start), "stepping": peak(start, last), "held": int(live[times < last][-1]) - base}
+        seen = {"stepping": peak(start, last), "held": int(live[times < last][-1]) - base}
         found = {name: max(found[name], seen[name] + mapped) for name in found}
     return found
 
 
 def predicted(plan: Any) -> dict[str, int]:
-    from launcher.train.budget import BUILDING, STEPPING
+    from launcher.train.budget import STEPPING
 
-    sizes = {phase.name: phase.allocated_bytes for phase in plan.memory.phases}
-    building, stepping = (max(sizes[name] for name in names if name != "evaluation") for names in (BUILDING, STEPPING))
-    return {"building": building, "stepping": stepping}
+    return {"stepping": max(phase.allocated_bytes for phase in plan.memory.phases if phase.name in STEPPING and phase.name != "evaluation")}
 
 
 def measure(case: Case, folder: Path) -> dict[str, Any]:

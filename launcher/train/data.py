@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -336,7 +336,7 @@ def check_packing(model: torch.nn.Module) -> None:
     sequences = [torch.tensor([[*first, 3, 4, 5, 6]], device=device) for first in ((7, 8, 9, 10), (11, 12, 13, 14))]
     model.eval()
     # LLM.int8() picks its columns of outliers over all rows at once: examples would see that of each other, and nothing else.
-    in_8_bits = [module.state for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    in_8_bits: list[Any] = [module.state for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
     thresholds = [state.threshold for state in in_8_bits]
     for state in in_8_bits:
         state.threshold = 0.0
