@@ -35,9 +35,9 @@ from launcher.recipe import (
     Schedule,
     Source,
     Track,
-    load_recipe,
     make_json_schema,
 )
+from launcher.recipe_file import load_recipe
 from launcher.schema import Spec
 
 GALLERY = find_gallery()
