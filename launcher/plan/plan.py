@@ -24,7 +24,7 @@ from launcher.plan.solve import Choice, Floor, Predict, apply_changes, choose, d
 from launcher.plan.source import locate_model
 from launcher.plan.trainable import list_oddities, settle_attention, settle_packing
 from launcher.recipe import Recipe
-from launcher.units import format_bytes
+from launcher.units import DTYPE_BYTES, format_bytes
 
 SCHEMA_VERSION = 2
 PLAN_FILE = "plan.json"
@@ -230,10 +230,11 @@ def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool, tracer:
 
 
 def make_floor(shape: ModelShape) -> Floor:
-    """What tells the bytes that a recipe, its layout and its batch need whatever their activations are."""
+    """What tells the bytes that a recipe, its layout and its batch need whatever their activations are: states, and the last hidden state alone."""
 
     def floor(recipe: Recipe, layout: Layout, batch: BatchPlan) -> int:
-        return hold_at_least(recipe, shape, layout, batch, deepspeed=configure_deepspeed(recipe, shape, layout, batch))
+        hidden = batch.micro_batch_size * batch.seq_len * shape.hidden_size * DTYPE_BYTES[layout.dtype]
+        return max(hidden, hold_at_least(recipe, shape, layout, batch, deepspeed=configure_deepspeed(recipe, shape, layout, batch)))
 
     return floor
 
