@@ -53,6 +53,7 @@ def profile_rank(plan_file: Path) -> None:
     from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
 
+    from benchmarks.gloo import tensors_let_go
     from launcher.plan import load_plan
     from launcher.train.worker import Rank, run_rank
 
@@ -61,7 +62,8 @@ def profile_rank(plan_file: Path) -> None:
     marks: list[dict[str, Any]] = []
     profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
     profiler.start()
-    run_rank(plan, me, show=lambda event: marks.append({**event, "time_ns": time.time_ns()}), stop_asked=lambda: False)
+    with tensors_let_go():  # what gloo's threads free is not seen
+        run_rank(plan, me, show=lambda event: marks.append({**event, "time_ns": time.time_ns()}), stop_asked=lambda: False)
     profiler.stop()
     seen: list[tuple[int, int, int]] = []
     waiting = list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
