@@ -26,6 +26,8 @@ from launcher.run import Event, RunFolder
 TRAINING_SIDE = "launcher.train.worker"
 STORE_TIMEOUT = timedelta(minutes=5)
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+STDERR = 2
+"""The file descriptor, which Ray has pointed at this worker's log; sys.stderr may be another object."""
 MEETING_TIMEOUT_S = 120.0
 """How long ranks that are ready wait at the store for the others."""
 
@@ -146,7 +148,7 @@ class Worker:
 
     def dump_stacks(self) -> None:
         """Write where every thread is to the log: what a hung rank was doing."""
-        faulthandler.dump_traceback(sys.__stderr__, all_threads=True)  # type: ignore[arg-type]
+        faulthandler.dump_traceback(STDERR, all_threads=True)
 
     def ask_to_stop(self) -> None:
         """Have the run save and end after the step it is in."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from launcher.plan.linears import Linear, linear
@@ -47,7 +48,8 @@ def chunked_loss(tape: Tape, chosen: Tensor, head: Any, hidden_size: int, target
     sizes = [LOSS_CHUNK] * (rows // LOSS_CHUNK) + ([rows % LOSS_CHUNK] if rows % LOSS_CHUNK else [])
     total = tape.new(1, FP32)
     for chunk, count in zip(split(tape, chosen, tuple(size * hidden_size for size in sizes)), sizes, strict=True):
-        part = checkpoint(tape, lambda x, count=count: _loss_of_chunk(tape, x, count, head, hidden_size, targets), chunk)  # type: ignore[misc]
+        loss = partial(_loss_of_chunk, tape, count=count, head=head, hidden_size=hidden_size, targets=targets)
+        part = checkpoint(tape, loss, chunk)
         total = add(tape, total, part)
         del part
     return total
