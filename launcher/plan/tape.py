@@ -288,6 +288,7 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
     """
     root = loss.node
     assert isinstance(root, Node), "nothing is trained"
+    tape.enter("loss backward" if root.phase == "loss" else "backward")
     first = root.grads = tape.make(4)  # torch.autograd.backward holds on to it
     _count_users(root)
     ready: list[Node] = [root]
@@ -295,7 +296,7 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
     while ready:
         node = heapq.heappop(ready)
         phase = "loss backward" if node.phase == "loss" else "backward"
-        if tape.phase != phase:
+        if tape.phase != phase or node is root:
             tape.enter(phase)
             tape.kind = LOGITS if node.phase == "loss" else ACTIVATIONS
         run, edges, grads = node.run, node.edges, node.grads

@@ -56,6 +56,8 @@ class Workload:
     kernel_workspace: bool = True
     fused: bool = False
     """Liger's kernels for norms, rotary embeddings and gated MLPs."""
+    sums_in_place: bool = True
+    """Whether the GPU adds a product in 16 bits to a sum where it stands, as Liger's loss has it (compute capability 8 and above)."""
     reentrant: bool = False
     """Reentrant checkpointing, which other frameworks use."""
 

@@ -47,10 +47,16 @@ def apply_method(model: PreTrainedModel, plan: Plan) -> torch.nn.Module:
     if layout.leaf_modules:
         _gather_layers_whole(model)
     if layout.liger_kernel:
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
-
-        _apply_liger_kernel_to_instance(model=model)
+        lay_liger_kernels(model)
     return trained
+
+
+def lay_liger_kernels(model: Any) -> None:
+    """Liger's norms, rotary embeddings and gated MLPs. The loss stays the launcher's: for Granite, Liger would replace torch's cross_entropy
+    for all of the process."""
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+
+    _apply_liger_kernel_to_instance(model=model, cross_entropy=False, fused_linear_cross_entropy=False)
 
 
 def _add_adapters(model: PreTrainedModel, method: Lora | QLora) -> torch.nn.Module:

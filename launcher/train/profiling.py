@@ -24,7 +24,7 @@ from launcher.plan.workload import Workload
 from launcher.train.encode import IGNORED
 from launcher.train.head import put_loss_into_head
 from launcher.train.loss import sum_kept_loss
-from launcher.train.trace import Trace, checkpoint_as_on, trace_step
+from launcher.train.trace import Trace, checkpoint_as_on, fused_loss, trace_step
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 LOST = (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError, NotImplementedError)
@@ -119,8 +119,8 @@ def _describe(shape: ModelShape, error: Exception) -> str:
 def trace_layers(work: Workload, layers: int, *, keep_gradients: bool) -> Trace:
     """A micro-step of the first `layers` layers of a workload's model."""
     base = _build(work.shape, layers, work.attention).to(DTYPES[work.width]).train()
-    if work.loss == "chunked":
-        put_loss_into_head(base, work.loss)
+    if work.loss != "plain":
+        put_loss_into_head(base, work.loss, fused_loss)
     trained = _lay_method(base, work)
     if work.checkpointing != "off":
         checkpoint_as_on(base, work.device)

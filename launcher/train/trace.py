@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from launcher.plan.allocator import round_up
+from launcher.plan.losses import liger_chunk
 
 aten = torch.ops.aten
 Device = Literal["cpu", "cuda"]
@@ -158,6 +159,37 @@ def attend(
         query, key, value, bias, True, dropout_p, is_causal, scale=scale
     )[0]
     return efficient
+
+
+class _FusedLoss(torch.autograd.Function):
+    """Liger's fused head and loss (liger-kernel 0.8.5, ops/fused_linear_cross_entropy.py) as far as memory goes: gradients in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_RH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
+        rows, words = len(hidden_RH), len(weight_VH)
+        grads = [torch.empty_like(hidden_RH), torch.empty_like(weight_VH) if weight_VH.requires_grad else None,
+                 None if bias_V is None else torch.empty_like(bias_V)]  # fmt: skip
+        losses_R, kept_R = hidden_RH.new_empty(rows, dtype=torch.float32), hidden_RH.new_empty(rows, dtype=torch.bool)
+        logits_CV = hidden_RH.new_empty(liger_chunk(rows, hidden_RH.shape[1], words), words)
+        if grads[1] is not None and hidden_RH.dtype == torch.float32:
+            torch.empty_like(weight_VH)
+        if bias_V is not None:
+            torch.empty_like(bias_V)
+        del logits_CV
+        loss = losses_R.sum()
+        del losses_R, kept_R
+        ctx.save_for_backward(*grads)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *outer: torch.Tensor) -> Any:
+        return tuple(ctx.saved_tensors)
+
+
+def fused_loss(hidden_RH: torch.Tensor, weight_VH: torch.Tensor, targets_R: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
+    """Stands for Liger's kernel, which needs a GPU (launcher.train.head.FusedLoss)."""
+    loss: torch.Tensor = _FusedLoss.apply(hidden_RH, weight_VH, bias_V)  # type: ignore[no-untyped-call]
+    return loss
 
 
 @contextmanager
