@@ -117,9 +117,12 @@ def trace(work: Workload, *, keep: bool = True, stand_in: bool = False) -> dict[
     from launcher.train import profiling
     from launcher.train.methods import lay_liger_kernels
 
+    before: dict[str, Any] = {}
+
     def lay(model: Any, work: Workload) -> Any:
         trained = laid(model, work)
-        if work.fused:
+        if work.fused:  # some of it is for the whole of transformers' module
+            before.update(vars(sys.modules[type(model).__module__]))
             lay_liger_kernels(model)
         return trained
 
@@ -131,6 +134,8 @@ def trace(work: Workload, *, keep: bool = True, stand_in: bool = False) -> dict[
         return profiling.trace_layers(work, 2, keep_gradients=keep).peaks
     finally:
         profiling._lay_method, profiling.fused_loss = laid, fused
+        if before:
+            vars(sys.modules[before["__name__"]]).update(before)
 
 
 @contextlib.contextmanager

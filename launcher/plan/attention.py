@@ -191,13 +191,15 @@ def _take_largest_off(tape: Tape, x: Tensor, rows: int) -> Tensor:
 
 
 def _scores(tape: Tape, q: Tensor, key: Tensor, at: Heads) -> Tensor:
-    """matmul folds rows and heads into one dimension, for which what was transposed is copied; repeated keys are whole already."""
-    folded = key if at.kv_heads != at.heads or at.heads_first else copy(tape, key)
-    return batched_matmul(tape, q if at.heads_first else copy(tape, q), folded, at.rows * at.heads * at.queries * at.keys)
+    """matmul folds rows and heads into one dimension, for which what was transposed is copied where there are rows to fold; repeated keys are
+    whole already."""
+    as_is = at.heads_first or at.rows == 1
+    folded = key if at.kv_heads != at.heads or as_is else copy(tape, key)
+    return batched_matmul(tape, q if as_is else copy(tape, q), folded, at.rows * at.heads * at.queries * at.keys)
 
 
 def _mix(tape: Tape, weights: Tensor, value: Tensor, at: Heads) -> Tensor:
-    folded = value if at.kv_heads != at.heads else copy(tape, value)
+    folded = value if at.kv_heads != at.heads or at.rows == 1 else copy(tape, value)
     return batched_matmul(tape, weights, folded, at.rows * at.queries * at.heads * at.value_width)
 
 
