@@ -19,7 +19,7 @@ from launcher.plan.deepspeed import make_deepspeed_config
 from launcher.plan.layout import Layout
 from launcher.plan.shape import ModelShape, load_shape
 from launcher.plan.source import locate_model
-from launcher.plan.states import Counts, States, count_states, optimizer_bytes
+from launcher.plan.states import Counts, Optimizer, States, count_states, optimizer_bytes
 from launcher.plan.workload import Workload
 from launcher.recipe import Recipe
 from launcher.units import GIB, MIB
@@ -155,6 +155,6 @@ def _plain_states(row: Row, work: Workload, recipe: Recipe, steps: int) -> State
 def _plain_optimizer(work: Workload, counts: Counts, recipe: Recipe) -> int:
     """Bytes beside fp32 weights. Adafactor keeps a row and a column of each matrix, where a flat partition has neither."""
     if recipe.optim.name != "adafactor":
-        return optimizer_bytes(recipe.optim.name, False, counts.decayed + counts.spared, flat=False)
+        return optimizer_bytes(Optimizer(name=recipe.optim.name), counts.decayed + counts.spared)
     shapes = [weight.shape for block in work.shape.inventory for weight in block.weights for _ in (block.layers or (0,))]
     return sum(4 * (sum(shape[-2:]) if len(shape) > 1 else shape[0]) for shape in shapes)

@@ -10,7 +10,7 @@ from plans import A100, plan_of
 from launcher.plan.allocator import replay
 from launcher.plan.memory import make_sharding, make_workload
 from launcher.plan.plan import Plan
-from launcher.plan.states import count_states, make_states
+from launcher.plan.states import Optimizer, count_states, make_states
 from launcher.plan.timeline import tell_step
 from launcher.units import GIB, MIB
 
@@ -39,7 +39,7 @@ def plan_stage(stage: int, micro_steps: int, **sections: Any) -> Plan:
 def test_the_replay_is_told_what_the_phases_hold(stage: int, micro_steps: int, method: dict[str, Any]) -> None:
     plan = plan_stage(stage, micro_steps, method=method)
     work, sharding = make_workload(plan.recipe, plan.shape, plan.layout, plan.batch), make_sharding(plan.layout, plan.deepspeed)
-    states = make_states(count_states(work), sharding, width=2, optimizer="adamw", momentum=False, micro_steps=micro_steps)
+    states = make_states(count_states(work), sharding, width=2, optimizer=Optimizer(name="adamw"), micro_steps=micro_steps)
     told = replay(tell_step(work, states, sharding, stage < 2, micro_steps).events, expandable=False)
     held = allocated(plan)
     assert {"forward", "loss", "backward", "reduce", "optimizer step"} <= set(told)
@@ -52,7 +52,7 @@ def test_the_cache_is_emptied_at_the_start_alone(stage: int, offload: bool) -> N
     """An event of no size empties it."""
     plan = plan_stage(stage, 1, parallel={"offload_optimizer": offload})
     work, sharding = make_workload(plan.recipe, plan.shape, plan.layout, plan.batch), make_sharding(plan.layout, plan.deepspeed)
-    states = make_states(count_states(work), sharding, width=2, optimizer="adamw", momentum=False, micro_steps=1)
+    states = make_states(count_states(work), sharding, width=2, optimizer=Optimizer(name="adamw"), micro_steps=1)
     assert [phase for phase, size, _ in tell_step(work, states, sharding, stage < 2, 1).events if size == 0] == ["engine start"]
 
 

@@ -21,6 +21,7 @@ from launcher.errors import ClusterError, Stopped
 from launcher.job.lines import is_noise, split_lines
 from launcher.job.preflight import NodeReport, make_report
 from launcher.plan import Plan
+from launcher.plan.allocator_settings import put_settings
 from launcher.run import Event, RunFolder
 
 TRAINING_SIDE = "launcher.train.worker"
@@ -102,6 +103,8 @@ class Worker:
         if devices is not None:
             os.environ[VISIBLE] = devices
         os.environ |= {"OMP_NUM_THREADS": str(plan.layout.threads_per_worker), "DS_ACCELERATOR": plan.layout.accelerator}
+        if plan.layout.accelerator == "cuda":
+            put_settings(plan.allocator, os.environ)
         importlib.import_module(TRAINING_SIDE)
         for name in modules:
             if name not in sys.modules:
@@ -184,6 +187,9 @@ class Worker:
 
     def _set_environment(self, plan: Plan, address: tuple[str, int]) -> None:
         """What libraries read from the environment, before they are imported."""
+        if plan.layout.accelerator == "cuda" and (other := put_settings(plan.allocator, os.environ)):
+            print(f"[lepton-launch] this machine's PYTORCH_ALLOC_CONF ({other}) is left out: the run is planned with "
+                  f"{plan.allocator or 'none'}; set it where the run is started", flush=True)  # fmt: skip
         local_rank = self.rank % plan.layout.workers_per_node
         interface = find_interface(self.locate().address)
         os.environ |= {

@@ -8,7 +8,7 @@ from dataclasses import replace
 from launcher.plan.budget import Component, DiskNeed, Phase
 from launcher.plan.layout import Layout
 from launcher.plan.shape import ModelShape
-from launcher.plan.states import Counts, Sharding, States, optimizer_bytes
+from launcher.plan.states import Counts, Sharding, States, optimizer_bytes, optimizer_of
 from launcher.recipe import Lora, QLora, Recipe
 from launcher.units import DTYPE_BYTES
 
@@ -45,7 +45,7 @@ def make_host_phases(
     staged = states.master + states.optimizer
     phases = {
         "load": [base, Component(name="weights", bytes=loading, provenance="source", error=0.2)],
-        "optimizer step": held,
+        "optimizer step": [*held, Component(name="step workspace", bytes=states.host_step * workers, provenance="source", error=0.1)],
         "save": [
             *held,
             Component(name="checkpoint staging", bytes=staged * workers, provenance="source", error=0.05),
@@ -59,7 +59,7 @@ def make_host_phases(
 
 def make_disk(recipe: Recipe, shape: ModelShape, counts: Counts, width: int, *, nvme: int = 0) -> DiskNeed:
     """A checkpoint holds the fp32 masters and the optimizer's states of what is trained; the next is written before the oldest goes."""
-    states = optimizer_bytes(recipe.optim.name, bool(recipe.optim.momentum), (counts.trained,), flat=True)
+    states = optimizer_bytes(optimizer_of(recipe), (counts.trained,))
     checkpoint = 4 * counts.trained + states
     adapters = isinstance(recipe.method, Lora | QLora)
     return DiskNeed(checkpoint_bytes=checkpoint, kept_checkpoints_bytes=(recipe.save.keep + 1) * checkpoint,

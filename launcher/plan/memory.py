@@ -26,7 +26,7 @@ from launcher.plan.merging import make_merge_phases
 from launcher.plan.products import predict_objects, predict_products
 from launcher.plan.profile import Peak, StepProfile, bound_step, profile_step
 from launcher.plan.shape import ModelShape
-from launcher.plan.states import Counts, Sharding, States, count_states, make_states
+from launcher.plan.states import Counts, Sharding, States, count_states, make_states, optimizer_of
 from launcher.plan.timeline import ITERATIONS, Event, Story, flushes_in_backward, tell_step
 from launcher.plan.trainable import OTHERS, as_trained
 from launcher.plan.workload import MethodFacts, Workload
@@ -158,8 +158,8 @@ def predict_memory(
     work, sharding = work or make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     counts = count_states(work)
     states = states or make_states(
-        counts, sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
-        micro_steps=batch.gradient_accumulation_steps, on_cpu=work.device == "cpu",
+        counts, sharding, width=work.width, optimizer=optimizer_of(recipe), micro_steps=batch.gradient_accumulation_steps,
+        on_cpu=work.device == "cpu",
     )  # fmt: skip
     limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
     states = _flatten_where_there_is_room(states, limit, on_device=work.device == "cuda" and sharding.stage in (1, 2))
@@ -230,8 +230,8 @@ def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
     """Bytes of a device that the run needs at least: what it holds, at the step, while it loads, and with activations that cannot be fewer."""
     work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     states = make_states(
-        count_states(work), sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
-        micro_steps=batch.gradient_accumulation_steps, on_cpu=work.device == "cpu",
+        count_states(work), sharding, width=work.width, optimizer=optimizer_of(recipe), micro_steps=batch.gradient_accumulation_steps,
+        on_cpu=work.device == "cpu",
     )  # fmt: skip
     parts = Parts(work, work, sharding, count_states(work), states, batch.gradient_accumulation_steps)
     held = states.weights + states.persistent + states.quant_state + states.adapters + states.master + states.optimizer

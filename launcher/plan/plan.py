@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from launcher.checkpoint.storage import join_url
 from launcher.cluster import Cluster
 from launcher.errors import DataError, Fault, RecipeError
 from launcher.plan.advise import Suggestion, suggest_changes
+from launcher.plan.allocator_settings import describe_settings, has_expandable_segments, read_settings
 from launcher.plan.batch import BatchPlan, check_batch
 from launcher.plan.budget import MemoryPlan
 from launcher.plan.calibration import apply_calibration, find_calibration, find_rates
@@ -52,6 +54,8 @@ class Plan:
     notes: tuple[str, ...]
     resume: str = ""
     allow_changed: tuple[str, ...] = ()
+    allocator: str = ""
+    """Settings of torch's allocator on GPUs, as PYTORCH_ALLOC_CONF has them."""
 
     @property
     def checkpoints(self) -> str:
@@ -63,7 +67,7 @@ class Plan:
         """Names what is trained: the recipe and its resolution, not where it is written."""
         facts = self.to_dict()
         del facts["recipe"]["output_dir"]
-        for place in ("run_dir", "base_dir", "notes", "memory", "cluster", "resume", "allow_changed"):
+        for place in ("run_dir", "base_dir", "notes", "memory", "cluster", "resume", "allow_changed", "allocator"):
             del facts[place]
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -84,6 +88,7 @@ class Plan:
             "notes": list(self.notes),
             "resume": self.resume,
             "allow_changed": list(self.allow_changed),
+            "allocator": self.allocator,
         }
 
     def save(self, path: Path) -> None:
@@ -127,6 +132,7 @@ def read_plan(facts: dict[str, Any]) -> Plan:
         notes=tuple(facts["notes"]),
         resume=facts["resume"],
         allow_changed=tuple(facts["allow_changed"]),
+        allocator=facts.get("allocator", ""),
     )
 
 
@@ -174,6 +180,8 @@ def make_explained_plan(
         notes.append("adafactor: ZeRO hands it flat partitions, so its second moment is not factored (4 bytes a parameter)")
     adapters = trainable if recipe.method.kind in ("lora", "qlora") else 0
     notes += list_oddities(shape, recipe, layout)
+    allocator = _allocator_of(cluster)
+    notes += describe_settings(allocator)
     traced = tracer if trace or not has_closed_form(shape) else None
     memory = choice.taken.memory if traced is None else None
     plan = Plan(
@@ -189,8 +197,14 @@ def make_explained_plan(
         run_dir=run_dir,
         base_dir=base_dir,
         notes=tuple(notes),
+        allocator=allocator,
     )
     return plan, choice
+
+
+def _allocator_of(cluster: Cluster) -> str:
+    """The allocator's settings that this process would train with, where it is for GPUs."""
+    return read_settings(os.environ) if cluster.accelerator == "cuda" else ""
 
 
 def make_choice(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> Choice:
@@ -223,7 +237,7 @@ def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool, tracer:
     def predict(recipe: Recipe, layout: Layout, batch: BatchPlan) -> MemoryPlan:
         config = configure_deepspeed(recipe, shape, layout, batch)
         memory = predict_memory(recipe, shape, layout, batch, cluster, deepspeed=config, budget=recipe.memory.budget_bytes, replay=replay,
-                                tracer=tracer)  # fmt: skip
+                                tracer=tracer, expandable_segments=has_expandable_segments(_allocator_of(cluster)))  # fmt: skip
         return apply_calibration(memory, measured, layout.workers_per_node) if measured else memory
 
     return predict

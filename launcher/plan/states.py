@@ -8,14 +8,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Literal
 
 from launcher.plan.inventory import Weight
 from launcher.plan.shape import ModelShape, adapter_rank
 from launcher.plan.workload import MethodFacts, Workload, is_quantised
+from launcher.recipe import OptimName, Recipe
 
 QUANT_BLOCK, NESTED_BLOCK = 64, 256
-OptimizerName = Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd", "lion", "lion_8bit", "adafactor"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Optimizer:
+    """The optimizer as far as memory goes."""
+
+    name: OptimName
+    momentum: bool = False
+    decays: bool = False
+    """Whether weights decay."""
+
+
+def optimizer_of(recipe: Recipe) -> Optimizer:
+    return Optimizer(name=recipe.optim.name, momentum=recipe.optim.momentum > 0, decays=recipe.optim.weight_decay > 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +68,8 @@ class Counts:
     """Elements of the largest quantised weight."""
     largest_adapted: int
     """Elements of the largest weight that has an adapter."""
+    factored: int
+    """Rows and columns of the matrices among `decayed`: what Adafactor keeps of them."""
 
     @property
     def trained(self) -> int:
@@ -71,15 +86,16 @@ def _count_states(shape: ModelShape, method: MethodFacts) -> Counts:
     decayed: list[int] = []
     spared: list[int] = []
     frozen: list[int] = []
-    packed = state = adapters = largest = adapted = 0
+    packed = state = adapters = largest = adapted = factored = 0
     for block in shape.inventory:
         for weight in block.weights:
             rank = adapter_rank(shape.model_type, block.prefix, weight, method.r, method.target_modules) if method.r else 0
             if rank:
                 adapted = max(adapted, weight.count)
                 halves = _adapter_shapes(weight, rank)
-                adapters += block.repeats * sum(halves)
-                decayed += list(halves) * block.repeats
+                adapters += block.repeats * sum(rows * columns for rows, columns in halves)
+                decayed += [rows * columns for rows, columns in halves] * block.repeats
+                factored += block.repeats * sum(rows + columns for rows, columns in halves)
                 if method.dora:
                     spared += [weight.fan[1]] * block.repeats
                     adapters += weight.fan[1] * block.repeats
@@ -91,14 +107,16 @@ def _count_states(shape: ModelShape, method: MethodFacts) -> Counts:
             for layer in block.layers or (0,):
                 trained = method.trains_base(block.prefix.format(layer) + weight.name, shape.num_layers)
                 (frozen if not trained else decayed if len(weight.shape) > 1 else spared).append(weight.count)
+                if trained and len(weight.shape) > 1:
+                    factored += weight.count // weight.shape[-1] + weight.count // weight.shape[-2]
     return Counts(decayed=tuple(decayed), spared=tuple(spared), frozen=tuple(frozen), packed_bytes=packed, quant_state_bytes=state, adapters=adapters,
-                  largest_quantised=largest, largest_adapted=adapted)  # fmt: skip
+                  largest_quantised=largest, largest_adapted=adapted, factored=factored)  # fmt: skip
 
 
-def _adapter_shapes(weight: Weight, rank: int) -> tuple[int, int]:
-    """Elements of lora_A and lora_B; for fused experts of all experts together."""
+def _adapter_shapes(weight: Weight, rank: int) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of lora_A and lora_B; for fused experts of all experts together."""
     experts = weight.shape[0] if len(weight.shape) == 3 else 1
-    return experts * rank * weight.shape[-1], experts * rank * weight.shape[-2]
+    return (experts * rank, weight.shape[-1]), (weight.shape[-2], experts * rank)
 
 
 def quantised_bytes(weight: Weight, method: MethodFacts) -> tuple[int, int]:
@@ -114,17 +132,17 @@ def quantised_bytes(weight: Weight, method: MethodFacts) -> tuple[int, int]:
     return -(-count // 2), blocks + nested * 4 + tables + 256 * 4 + 4
 
 
-def optimizer_bytes(name: OptimizerName, momentum: bool, tensors: tuple[int, ...], *, flat: bool) -> int:
-    """Bytes of the optimizer's states over these tensors; `flat`: they are partitions, one-dimensional."""
-    return sum(_state_bytes(name, momentum, count) for count in tensors if count)
+LEAST_8_BIT = 4096
+"""Elements of a tensor below which an 8-bit optimizer keeps its moments in fp32 (min_8bit_size)."""
 
 
-def _state_bytes(name: OptimizerName, momentum: bool, count: int) -> int:
-    eight_bit = name.endswith("_8bit") and count >= 4096  # min_8bit_size
-    moments = {"sgd": int(momentum), "lion": 1, "lion_8bit": 1, "adafactor": 1}.get(name, 2)
-    if eight_bit:
-        return moments * (count + -(-count // 256) * 4 + 256 * 4)
-    return moments * count * 4
+def optimizer_bytes(optim: Optimizer, tensors: tuple[int, ...]) -> int:
+    """Bytes of the optimizer's states over these tensors, each of so many elements. Adafactor's are of flat tensors, which have no rows."""
+    moments = {"sgd": int(optim.momentum), "lion": 1, "lion_8bit": 1, "adafactor": 1}.get(optim.name, 2)
+    if not optim.name.endswith("_8bit"):
+        return moments * 4 * sum(tensors)
+    table = 256 * 4 if max(tensors, default=0) >= LEAST_8_BIT else 0  # one for all tensors
+    return moments * (table + sum(count + -(-count // 256) * 4 if count >= LEAST_8_BIT else 4 * count for count in tensors))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,16 +174,18 @@ class States:
     host: int
     """Bytes in this rank's host memory, of which `host_pinned` is pinned."""
     host_pinned: tuple[int, ...]
+    host_step: int = 0
+    """Bytes there that the optimizer takes for a moment."""
     nvme: int = 0
     """Bytes of this rank's files on an NVMe disk."""
     start_least: int = 0
     """The start's peak where groups are flattened in host memory: DeepSpeed does so where the device has no room for the copy."""
 
 
-UPDATE: dict[OptimizerName, int] = {"adafactor": 8}
-"""Bytes an element of a flat tensor that an optimizer takes for a moment (torch 2.13, optim/_adafactor.py): the gradient's square, and a copy of
-the variance."""
-UPDATE_ON_CPU: dict[OptimizerName, int] = UPDATE | {
+UPDATE: dict[OptimName, int] = {"adafactor": 8, "sgd": 4}
+"""Bytes an element of a flat tensor that an optimizer takes for a moment (torch 2.13, optim/_adafactor.py, sgd.py): the gradient's square, and a
+copy of the variance; where weights decay, the gradient with the weight added."""
+UPDATE_ON_CPU: dict[OptimName, int] = UPDATE | {
     "adamw_8bit": 20,
     "paged_adamw_8bit": 20,
     "lion_8bit": 20,
@@ -176,25 +196,38 @@ UPDATE_ON_CPU: dict[OptimizerName, int] = UPDATE | {
 Lion: the state, the gradient, two products and their sum. 32 bits: the gradient, and two of what its direction is made of."""
 
 
-def make_states(
-    counts: Counts, sharding: Sharding, *, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int, on_cpu: bool = False
-) -> States:
+def make_states(counts: Counts, sharding: Sharding, *, width: int, optimizer: Optimizer, micro_steps: int, on_cpu: bool = False) -> States:
     """States of the rank that holds most."""
     # the second micro-step is like all that follow
-    return _make_states(counts, sharding, width, optimizer, momentum, min(micro_steps, 2), on_cpu)
+    return _make_states(counts, sharding, width, optimizer, min(micro_steps, 2), on_cpu)
 
 
 @lru_cache(maxsize=512)
-def _make_states(
-    counts: Counts, sharding: Sharding, width: int, optimizer: OptimizerName, momentum: bool, micro_steps: int, on_cpu: bool
-) -> States:
+def _make_states(counts: Counts, sharding: Sharding, width: int, optim: Optimizer, micro_steps: int, on_cpu: bool) -> States:
     maker = {0: _replicated, 1: _partitioned, 2: _partitioned, 3: _sharded}[sharding.stage]
-    held = maker(counts, sharding, width, optimizer, momentum, micro_steps)
+    held = maker(counts, sharding, width, optim, micro_steps)
     updated = _largest_updated(counts, sharding)
     # The group's gradient in fp32; what it came from is let go after the step (stage_1_and_2.py, grads_in_partition), or in stage 3 is counted as held.
     gradients = held.step_peak if sharding.stage == 0 else 4 * updated + (width * held.partition if sharding.stage < 3 else 0)
-    moment = (UPDATE_ON_CPU if on_cpu else UPDATE).get(optimizer, 0) * updated
-    return held if sharding.offload_optimizer else replace(held, step_peak=max(held.step_peak, gradients + moment))
+    moment = _moment(optim, counts, sharding.stage, updated, on_cpu or sharding.offload_optimizer)
+    if not sharding.offload_optimizer:
+        return replace(held, step_peak=max(held.step_peak, gradients + moment))
+    if on_cpu:  # the host is the device, and makes no pinned copy of its weights
+        copied = held.host_pinned[-1] if sharding.offload_param and not sharding.nvme else 0
+        return replace(held, optimizer=held.host - copied, step_peak=moment, host=0, host_pinned=())
+    return replace(held, host_step=moment)
+
+
+def _moment(optim: Optimizer, counts: Counts, stage: int, updated: int, on_cpu: bool) -> int:
+    """Bytes that the optimizer itself takes while it updates a tensor of so many elements; of many at a time on a GPU (torch's foreach)."""
+    if optim.name == "sgd" and not optim.decays:
+        return 0
+    if stage == 0 and optim.name == "sgd" and not on_cpu:
+        return UPDATE["sgd"] * sum(counts.decayed)
+    if stage == 0 and optim.name == "adafactor":  # an update, while the one before it is still there
+        before = max((count for count in counts.decayed if count < updated), default=0)
+        return 4 * (updated + before)
+    return (UPDATE_ON_CPU if on_cpu else UPDATE).get(optim.name, 0) * updated
 
 
 def _largest_updated(counts: Counts, sharding: Sharding) -> int:
@@ -217,10 +250,12 @@ REDUCED_AT_ONCE = 500_000_000
 """Gradients, in elements, that stage 0 copies into one flat tensor, on one rank too (runtime/engine.py, allreduce_bucket)."""
 
 
-def _replicated(counts: Counts, sharding: Sharding, width: int, name: OptimizerName, momentum: bool, micro_steps: int) -> States:
+def _replicated(counts: Counts, sharding: Sharding, width: int, optim: Optimizer, micro_steps: int) -> States:
     """Stage 0: the torch optimizer in fp32, DeepSpeed's unfused one in 16 bits, with a master of each parameter."""
     trained = counts.trained
-    states = optimizer_bytes(name, momentum, counts.decayed + counts.spared, flat=False)
+    states = optimizer_bytes(optim, counts.decayed + counts.spared)
+    if optim.name == "adafactor":
+        states = 4 * (counts.factored + sum(counts.spared))
     master = 4 * trained if width < 4 else 0
     fp32_gradients = 4 * trained if width < 4 else 0
     gradients = width * trained
@@ -238,13 +273,13 @@ def _frozen(counts: Counts, width: int) -> int:
     return width * sum(counts.frozen) + counts.packed_bytes
 
 
-def _partitioned(counts: Counts, sharding: Sharding, width: int, name: OptimizerName, momentum: bool, micro_steps: int) -> States:
+def _partitioned(counts: Counts, sharding: Sharding, width: int, optim: Optimizer, micro_steps: int) -> States:
     """Stages 1 and 2: each group of trained parameters is one flat tensor, cut into equal parts."""
     ranks = sharding.ranks
     flats = [_padded(group, ranks) for group in (counts.decayed, counts.spared) if group]
     parts = tuple(flat // ranks for flat in flats)
     part, flat, largest = sum(parts), sum(flats), max(parts, default=0)
-    states = optimizer_bytes(name, momentum, parts, flat=True)
+    states = optimizer_bytes(optim, parts)
     bucket = width * sharding.bucket * (2 if sharding.overlap else 1)
     biggest = max(counts.decayed + counts.spared, default=0)
     # A group is flattened beside its parameters; its master is made from a clone; gradients of zeros are made, and dropped.
@@ -281,7 +316,7 @@ def _offloaded(held: States, on_device: int, host: int, pinned: tuple[int, ...])
     )  # fmt: skip
 
 
-def _sharded(counts: Counts, sharding: Sharding, width: int, name: OptimizerName, momentum: bool, micro_steps: int) -> States:
+def _sharded(counts: Counts, sharding: Sharding, width: int, optim: Optimizer, micro_steps: int) -> States:
     """Stage 3: each parameter is cut into equal parts; small ones are held whole too."""
     ranks = sharding.ranks
     trained = counts.decayed + counts.spared
@@ -292,7 +327,7 @@ def _sharded(counts: Counts, sharding: Sharding, width: int, name: OptimizerName
     adapters = min(counts.adapters, counts.trained)
     adapter_part = part if adapters == counts.trained else 0
     groups = _sub_groups(parts, len(counts.decayed), sharding.sub_group)
-    states = optimizer_bytes(name, momentum, groups, flat=True)
+    states = optimizer_bytes(optim, groups)
     largest = max(groups, default=0)
     bucket = width * sharding.bucket
     weights = width * frozen + -(-counts.packed_bytes // ranks) + width * (part - adapter_part)

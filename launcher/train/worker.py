@@ -26,6 +26,7 @@ from launcher.checkpoint.lease import OWNER, Lease
 from launcher.checkpoint.storage import Storage, open_storage
 from launcher.errors import CheckpointError, DataError
 from launcher.plan import Plan, load_plan
+from launcher.plan.allocator_settings import read_settings
 from launcher.recipe import Lora
 from launcher.run import Event, RunFolder, cache_dir
 from launcher.train import best
@@ -353,6 +354,13 @@ def main() -> None:
             f"torchrun started {me.world_size} ranks, and the plan is for {plan.layout.world_size}", "make the plan again with --workers"
         )
     display = make_display()
+    if plan.layout.accelerator == "cuda" and (here := read_settings(os.environ)) != plan.allocator:
+        display.show(
+            {
+                "event": "note",
+                "text": f"PYTORCH_ALLOC_CONF is {here or 'not set'}, and the plan's reserved memory is for {plan.allocator or 'none'}",
+            }
+        )
     try:
         run_rank(plan, me, show=display.show, stop_asked=lambda: False)
     finally:
