@@ -183,7 +183,8 @@ def _take_largest_off(tape: Tape, x: Tensor, rows: int) -> Tensor:
     def run(grad: Storage) -> tuple[Storage]:
         assert kept is not None
         kept.fetch()
-        return (tape.make(size),)
+        zeros = tape.make(size)  # the gradient is put into them; under the dispatch mode that traces, into a copy
+        return (zeros if tape.accumulates_in_place else tape.make(size),)
 
     largest = tape.attach(values, run, x)
     small = rows * x.width
