@@ -11,6 +11,7 @@ from test_referee import ATTENTION, DROPPED, EXPERTS, FREEZE, FULL, HAS_QUERIES,
 
 from launcher.plan.losses import changes_logits
 
+HAS_WINDOW = {"mistral", "phi3", "mixtral", "gpt_oss", "gemma2", "gemma3_text"}
 HAS_HEAD_DIM = {"llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "qwen3_moe", "mixtral"}
 
 
@@ -23,6 +24,8 @@ def draw_model(rng: random.Random, kind: str) -> dict[str, Any]:
     }  # fmt: skip
     if kind in HAS_HEAD_DIM and rng.random() < 0.3:
         sizes["head_dim"] = rng.choice([8, 16, 24, 32])
+    if kind in HAS_WINDOW and rng.random() < 0.5:
+        sizes["sliding_window"] = rng.choice([16, 64, 300])
     if rng.random() < 0.2:
         sizes["tie_word_embeddings"] = rng.choice([True, False])
     return sizes
