@@ -110,7 +110,7 @@ def put_in_place() -> None:
     torch.equal = lambda a, b: False  # of values, which meta tensors have not
 
 
-def trace(work: Workload, *, keep: bool = True, stand_in: bool = False) -> dict[str, int]:
+def trace(work: Workload, *, keep: bool = True, stand_in: bool = False, trains: bool = True) -> dict[str, int]:
     """The peaks of a micro-step of two layers, with Liger's own loss and layers where the workload has them; or the launcher's stand-in's loss."""
     import torch
 
@@ -131,11 +131,27 @@ def trace(work: Workload, *, keep: bool = True, stand_in: bool = False) -> dict[
     laid, fused = profiling._lay_method, profiling.fused_loss
     profiling._lay_method, profiling.fused_loss = lay, fused if stand_in else None
     try:
-        return profiling.trace_layers(work, 2, keep_gradients=keep).peaks
+        return profiling.trace_layers(work, 2, keep_gradients=keep).peaks if trains else _evaluate(work, profiling)
     finally:
         profiling._lay_method, profiling.fused_loss = laid, fused
         if before:
             vars(sys.modules[before["__name__"]]).update(before)
+
+
+def _evaluate(work: Workload, profiling: Any) -> dict[str, int]:
+    import torch
+
+    from launcher.train.trace import Trace, watching
+
+    model = profiling._build(work.shape, 2, work.attention).to(profiling.DTYPES[work.width])
+    profiling.put_loss_into_head(model, work.loss, profiling.fused_loss)
+    model = profiling._lay_method(model, work).eval()
+    batch, trace = profiling._make_text(work, model.config), Trace()
+    with watching(trace, device=work.device, packed=work.packed) as watch, torch.no_grad():
+        for known in (model.parameters(), model.buffers(), batch.values()):
+            watch.ignore(known)
+        profiling._loss_of_words(work)(model, batch)
+    return trace.peaks
 
 
 @contextlib.contextmanager

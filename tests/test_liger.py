@@ -15,7 +15,7 @@ from test_referee import DROPPED, EXPERTS, FREEZE, FULL, KINDS, LORA, OTHER_SIZE
 from launcher.plan.fused import FUSED
 from launcher.plan.losses import changes_logits
 from launcher.plan.step import run_step
-from launcher.plan.workload import Workload
+from launcher.plan.workload import MethodFacts, Workload
 
 METHODS = [FULL, LORA, FREEZE]
 NAMES = ["full", "lora", "freeze"]
@@ -66,6 +66,24 @@ def test_what_is_made_by_itself_counts(process: ProcessPoolExecutor) -> None:
     work = workload("llama", changes={"vocab_size": 16000}, loss="liger")
     beside = tell(replace(work, sums_in_place=False))["forward"] - tell(work)["forward"]
     assert beside == 16000 * 64 * (2 + 4)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_a_head_that_is_trained_alone_gets_a_gradient(kind: str, process: ProcessPoolExecutor) -> None:
+    """Liger's function makes none where its input needs none; the launcher's head asks for the input's (launcher/train/head.py)."""
+    work = workload(kind, changes=MANY_WORDS, method=MethodFacts(trains="some", patterns=("lm_head*",)), checkpointing="off", loss="liger")
+    assert_equal(process, work)
+    frozen = workload(kind, changes=MANY_WORDS, method=LORA, checkpointing="off", loss="liger")
+    assert tell(work)["backward"] > 1600 * 64 * 2, "the head's own"
+    assert_equal(process, frozen)
+
+
+@pytest.mark.parametrize("kind", ["llama", "phi"])
+def test_an_evaluation_makes_no_gradients(kind: str, process: ProcessPoolExecutor) -> None:
+    work = workload(kind, changes=MANY_WORDS, loss="liger")
+    for stand_in in (False, True):
+        traced = process.submit(liger.trace, work, trains=False, stand_in=stand_in).result()["forward"]
+        assert max(peak for peak, _ in run_step(work, keep_gradients=False, train=False, round_to=512).peaks.values()) == traced
 
 
 @pytest.mark.parametrize("kind", ["llama", "phi"])

@@ -7,7 +7,7 @@ from typing import Any
 
 from launcher.plan.linears import Linear, linear
 from launcher.plan.operators import FP32, add, cast, matmul, pointwise_of_result, split, view
-from launcher.plan.tape import LOGITS, Parameter, Storage, Tape, Tensor, checkpoint, counting_as
+from launcher.plan.tape import LOGITS, Parameter, Sink, Storage, Tape, Tensor, checkpoint, counting_as
 
 LOSS_CHUNK = 256
 """Rows of logits that chunked cross-entropy makes at a time: enough for a matrix product to be fast."""
@@ -74,16 +74,18 @@ def liger_loss(tape: Tape, chosen: Tensor, head: Any, hidden_size: int, *, sums_
     """
     weight, bias = (head, None) if isinstance(head, Parameter) else (head.weight, head.bias)
     rows, vocab_size = chosen.count // hidden_size, weight.count // hidden_size
-    trained = weight.node is not None
+    trained = weight.node is not None and tape.grad_enabled
+    if chosen.node is None and tape.grad_enabled:  # LossHead asks it for a gradient
+        chosen = Tensor(chosen.storage, chosen.count, chosen.width, Sink(chosen.storage))
     gradients = [tape.new(chosen.count, chosen.width), tape.new(weight.count, weight.width) if trained else None,
-                 tape.new(vocab_size, weight.width) if bias is not None else None]  # fmt: skip
+                 tape.new(vocab_size, weight.width) if bias is not None and tape.grad_enabled else None]  # fmt: skip
     losses, mask = tape.new(rows, FP32), tape.new(rows, 1)
     logits = tape.new(liger_chunk(rows, hidden_size, vocab_size) * vocab_size, chosen.width)
     if trained and not (sums_in_place and weight.width < FP32):
         product = tape.new(weight.count, weight.width)
         cast(tape, product, FP32)
         del product
-    if bias is not None:
+    if gradients[2] is not None:
         tape.new(vocab_size, weight.width)
     del logits
     loss = tape.new(1, FP32)

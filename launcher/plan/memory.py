@@ -20,7 +20,7 @@ from launcher.plan.fused import FUSED
 from launcher.plan.gathering import Gathered, gather
 from launcher.plan.heap import PIECE_LIFE, choose_threshold
 from launcher.plan.heap import replay as replay_heap
-from launcher.plan.host import make_disk, make_host_phases, make_network
+from launcher.plan.host import make_disk, make_host_phases, make_network, make_staging, save_beside
 from launcher.plan.layout import Layout
 from launcher.plan.merging import make_merge_phases
 from launcher.plan.products import predict_objects, predict_products
@@ -157,10 +157,8 @@ def predict_memory(
     overheads = overheads or choose_overheads(cluster.device_name)
     work, sharding = work or make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
     counts = count_states(work)
-    states = states or make_states(
-        counts, sharding, width=work.width, optimizer=optimizer_of(recipe), micro_steps=batch.gradient_accumulation_steps,
-        on_cpu=work.device == "cpu",
-    )  # fmt: skip
+    states = states or make_states(counts, sharding, width=work.width, optimizer=optimizer_of(recipe),
+                                   micro_steps=batch.gradient_accumulation_steps, on_cpu=work.device == "cpu")  # fmt: skip
     limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
     states = _flatten_where_there_is_room(states, limit, on_device=work.device == "cuda" and sharding.stage in (1, 2))
     profile, acting, notes = _choose_profile(work, sharding.stage < 2, tracer)
@@ -181,14 +179,18 @@ def predict_memory(
         for name, components in phases.items()
     )
     notes += _find_notes(parts)
+    disk = make_disk(recipe, shape, counts, work.width, nvme=states.nvme * layout.workers_per_node)
+    staging = make_staging(layout, disk.checkpoint_bytes)
+    if layout.accelerator == "cpu":
+        finished = save_beside(finished, staging)
     host = make_host_phases(recipe, shape, layout, states, counts, finished, overheads.libraries, overheads.libraries_error,
-                             profile.host_checkpoints)  # fmt: skip
+                             profile.host_checkpoints, staging)  # fmt: skip
     merging = make_merge_phases(work, counts, libraries=overheads.libraries, libraries_error=overheads.libraries_error,
                                 context=overheads.context, context_error=overheads.context_error)  # fmt: skip
     return MemoryPlan(
         phases=finished + merging.device,
         host_phases=host + merging.host,
-        disk=make_disk(recipe, shape, counts, work.width, nvme=states.nvme * layout.workers_per_node),
+        disk=disk,
         network_bytes=make_network(counts, sharding, work.width, batch.gradient_accumulation_steps),
         budget=budget if budget is not None else cluster.device_memory,
         host_budget=cluster.host_memory if cluster.host_memory > 1 else None,
@@ -215,7 +217,8 @@ def _choose_profile(work: Workload, keep_gradients: bool, tracer: Tracer | None)
     if isinstance(found, StepProfile):
         why = "" if known else f", because {kind} has no exact arithmetic here"
         dense = "; a quantised base is traced dense, and its products keep less" if work.method.bits != 16 else ""
-        return found, acting, [f"activations: traced on the meta device{why}{dense}"]
+        layers = "; without Liger's layer kernels, and so with more" if work.fused else ""
+        return found, acting, [f"activations: traced on the meta device{why}{dense}{layers}"]
     if known:
         return None, work, []
     counted = "activations" if work.shape.is_known or work.shape.is_counted else "weights and activations"
@@ -229,10 +232,8 @@ def _choose_profile(work: Workload, keep_gradients: bool, tracer: Tracer | None)
 def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan, *, deepspeed: Mapping[str, Any]) -> int:
     """Bytes of a device that the run needs at least: what it holds, at the step, while it loads, and with activations that cannot be fewer."""
     work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
-    states = make_states(
-        count_states(work), sharding, width=work.width, optimizer=optimizer_of(recipe), micro_steps=batch.gradient_accumulation_steps,
-        on_cpu=work.device == "cpu",
-    )  # fmt: skip
+    states = make_states(count_states(work), sharding, width=work.width, optimizer=optimizer_of(recipe),
+                         micro_steps=batch.gradient_accumulation_steps, on_cpu=work.device == "cpu")  # fmt: skip
     parts = Parts(work, work, sharding, count_states(work), states, batch.gradient_accumulation_steps)
     held = states.weights + states.persistent + states.quant_state + states.adapters + states.master + states.optimizer
     loading = 0 if sharding.stage == 3 and sharding.zero_init else sum(c.bytes for c in _loading(parts, NOTHING_GATHERED))

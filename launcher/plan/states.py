@@ -212,9 +212,9 @@ def _make_states(counts: Counts, sharding: Sharding, width: int, optim: Optimize
     moment = _moment(optim, counts, sharding.stage, updated, on_cpu or sharding.offload_optimizer)
     if not sharding.offload_optimizer:
         return replace(held, step_peak=max(held.step_peak, gradients + moment))
-    if on_cpu:  # the host is the device, and makes no pinned copy of its weights
+    if on_cpu:  # what is offloaded stays in the same memory, and weights have no pinned copy there
         copied = held.host_pinned[-1] if sharding.offload_param and not sharding.nvme else 0
-        return replace(held, optimizer=held.host - copied, step_peak=moment, host=0, host_pinned=())
+        return replace(held, optimizer=held.optimizer + held.host - copied, step_peak=moment, host=0, host_pinned=())
     return replace(held, host_step=moment)
 
 

@@ -40,6 +40,9 @@ class LossHead(torch.nn.Linear):
         hidden_RH = hidden_states.flatten(0, -2)
         if self.fused is None:
             return self._sum_chunks(hidden_RH, self.targets_R)
+        if torch.is_grad_enabled() and not hidden_RH.requires_grad:
+            # Liger makes no gradient at all where its input needs none: a head that is trained alone would stay as it is.
+            hidden_RH = hidden_RH.detach().requires_grad_()
         return self.fused(hidden_RH, self.weight, self.targets_R, self.bias)
 
     def _sum_chunks(self, hidden_RH: torch.Tensor, targets_R: torch.Tensor) -> torch.Tensor:

@@ -167,14 +167,15 @@ class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_RH: torch.Tensor, weight_VH: torch.Tensor, bias_V: torch.Tensor | None) -> torch.Tensor:
         rows, words = len(hidden_RH), len(weight_VH)
-        grads = [torch.empty_like(hidden_RH), torch.empty_like(weight_VH) if weight_VH.requires_grad else None,
-                 None if bias_V is None else torch.empty_like(bias_V)]  # fmt: skip
+        trains = hidden_RH.requires_grad
+        grads = [torch.empty_like(hidden_RH), torch.empty_like(weight_VH) if trains and weight_VH.requires_grad else None,
+                 torch.empty_like(bias_V) if trains and bias_V is not None else None]  # fmt: skip
         losses_R, kept_R = hidden_RH.new_empty(rows, dtype=torch.float32), hidden_RH.new_empty(rows, dtype=torch.bool)
         logits_CV = hidden_RH.new_empty(liger_chunk(rows, hidden_RH.shape[1], words), words)
         if grads[1] is not None and hidden_RH.dtype == torch.float32:
             torch.empty_like(weight_VH)
-        if bias_V is not None:
-            torch.empty_like(bias_V)
+        if grads[2] is not None:
+            torch.empty_like(grads[2])
         del logits_CV
         loss = losses_R.sum()
         del losses_R, kept_R
