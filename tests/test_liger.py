@@ -103,7 +103,11 @@ def test_layers(kind: str, method: Any, checkpointing: Any, process: ProcessPool
         assert_equal(process, workload(kind, changes=sizes, method=method, checkpointing=checkpointing, fused=True, attention=attention))
 
 
-@pytest.mark.parametrize("kind", sorted(set(KINDS) - FUSED))
+FUSED_EXPERTS = {"mixtral", "qwen3_moe", "deepseek_v2", "deepseek_v3"}
+"""Liger's experts work in tiles of rows, which of a batch as small as a test's are mostly empty: nothing is said of these."""
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - FUSED - FUSED_EXPERTS))
 def test_other_models_take_hardly_more_than_is_counted_without(kind: str, process: ProcessPoolExecutor) -> None:
     """What Liger does to their layers is not told: most take less of it, Llama 4 up to 2.5 % more."""
     for method, checkpointing, sizes in product((FULL, LORA), ("on", "off"), (None, OTHER_SIZES)):

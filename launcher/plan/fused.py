@@ -7,7 +7,8 @@ from typing import Any
 from launcher.plan.tape import Parameter, Storage, Tape, Tensor
 
 FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "smollm3"})
-"""Models whose layers Liger replaces by these, to the byte (tests/test_liger.py). Others are counted without, which takes more but for Llama 4 (3 %)."""
+"""Models whose layers Liger replaces by these, to the byte (tests/test_liger.py). Others are counted without, which takes more but for Llama 4
+(3 %); of the mixtures whose experts it replaces (Mixtral, Qwen 3, DeepSeek) it is not known."""
 FP32, PROGRAMS = 4, 132
 """Rows of partial sums of a norm's weight gradient, where it is trained: one a multiprocessor, as many as an H100 has."""
 

@@ -75,7 +75,7 @@ def _make_change(tape: Tape, layer: Linear) -> tuple[Tensor, tuple[Tensor, ...]]
     eye = tape.new(layer.n_in**2, layer.width)
     middle = matmul(tape, eye, layer.down, layer.n_in)
     change = matmul(tape, middle, layer.up, layer.down.count // layer.n_in)
-    return change, (eye, middle) if tape.frame is None else ()
+    return change, (eye, middle) if tape.frame is None and tape.grad_enabled else ()
 
 
 def _norm_rows(tape: Tape, weight: Tensor, change: Tensor, layer: Linear) -> Tensor:
