@@ -41,7 +41,7 @@ class Tape:
     """The one who counts. `peaks` holds, phase by phase, the most that was live and how it was made up."""
 
     __slots__ = ("accumulates_in_place", "counts_workspace", "events", "frame", "fused", "on_cuda", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient",
-                 "on_host", "peaks", "phase", "recomputing", "reentrant", "round_to", "sequence", "top", "training", "unpacked")  # fmt: skip
+                 "has_gradients", "on_host", "peaks", "phase", "recomputing", "reentrant", "round_to", "sequence", "top", "training", "unpacked")  # fmt: skip
 
     def __init__(
         self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True, on_cuda: bool = True, counts_workspace: bool = True, training: bool = True,
@@ -50,6 +50,7 @@ class Tape:
         self.fused = fused  # Liger's kernels in place of torch's
         self.reentrant = reentrant  # torch.utils.checkpoint(use_reentrant=True): a recomputation runs to its end, and its output stays
         self.now = self.on_host = 0
+        self.has_gradients = False
         self.live = [0] * len(KINDS)
         self.peaks: dict[str, tuple[int, list[int]]] = {}
         self.events: list[tuple[str, int, int]] | None = [] if record else None
@@ -282,7 +283,8 @@ class Node:
 
 
 def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
-    """Run the graph behind `loss`. Nodes made in phase "loss" run in "loss backward", all others in "backward".
+    """Run the graph behind `loss`. Until a trained weight has its gradient, nodes made in phase "loss" run in "loss backward", all others in
+    "early backward"; from then on, when DeepSpeed has its bucket (stage_1_and_2.py, setup_buckets), in "backward".
 
     `retain`: what the graph keeps stays (retain_graph=True).
     """
@@ -294,10 +296,10 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
     queued = {root.sequence}
     while ready:
         node = heapq.heappop(ready)
-        phase = "loss backward" if node.phase == "loss" else "backward"
+        phase = "backward" if tape.has_gradients else "loss backward" if node.phase == "loss" else "early backward"
         if tape.phase != phase:
             tape.enter(phase)
-            tape.kind = LOGITS if node.phase == "loss" else ACTIVATIONS
+        tape.kind = LOGITS if node.phase == "loss" else ACTIVATIONS
         run, edges, grads = node.run, node.edges, node.grads
         node.grads = None
         if not retain:
@@ -366,6 +368,9 @@ def _accumulate(tape: Tape, sink: Sink, grad: Storage) -> None:
         sink.gradient = whole
         return
     whole.count_as(GRADIENTS)
+    if not tape.has_gradients:
+        tape.has_gradients = True
+        tape.enter("backward")
     tape.on_gradient(sink, whole)
 
 
