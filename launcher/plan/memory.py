@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from launcher.cluster import Cluster
 from launcher.plan.allocator import replay as replay_allocator
@@ -17,7 +17,7 @@ from launcher.plan.budget import COMPONENTS, Component, FigureName, MemoryPlan, 
 from launcher.plan.decoder import CLOSED_FORMS
 from launcher.plan.evaluating import Evaluation, profile_evaluating
 from launcher.plan.fused import FUSED
-from launcher.plan.gathering import Gathered, gather
+from launcher.plan.gathering import Gathered, find_peaks, gather, gathering_step, gathers
 from launcher.plan.heap import PIECE_LIFE, choose_threshold
 from launcher.plan.heap import replay as replay_heap
 from launcher.plan.host import make_disk, make_host_phases, make_network
@@ -119,7 +119,12 @@ def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
     )
 
 
-def make_sharding(layout: Layout, deepspeed: Mapping[str, Any]) -> Sharding:
+def begins_forward(recipe: Recipe) -> bool:
+    """Whether a run evaluates, or checks that a model keeps packed examples apart (train/data.py), before it trains."""
+    return bool(recipe.data.packing or recipe.data.eval or recipe.data.eval_fraction)
+
+
+def make_sharding(layout: Layout, deepspeed: Mapping[str, Any], *, forward_first: bool = False) -> Sharding:
     """The buffers and thresholds of a DeepSpeed configuration."""
     zero = deepspeed["zero_optimization"]
     return Sharding(
@@ -127,7 +132,8 @@ def make_sharding(layout: Layout, deepspeed: Mapping[str, Any]) -> Sharding:
         offload_optimizer=layout.offload_optimizer, offload_param=layout.offload_param,
         prefetch=zero.get("stage3_prefetch_bucket_size", 0), persistence=zero.get("stage3_param_persistence_threshold", 0),
         max_reuse=zero.get("stage3_max_reuse_distance", 0), sub_group=zero.get("sub_group_size", 1_000_000_000), zero_init=layout.zero_init,
-        leaf_modules=layout.leaf_modules, nvme=layout.nvme_path is not None,
+        leaf_modules=layout.leaf_modules, nvme=layout.nvme_path is not None, efficient_linear=zero.get("memory_efficient_linear", True),
+        forward_first=forward_first,
     )  # fmt: skip
 
 
@@ -154,7 +160,8 @@ def predict_memory(
     `work` is what a rank computes, and `states` what it holds, where they are not this launcher's loop's and DeepSpeed's.
     """
     overheads = overheads or choose_overheads(cluster.device_name)
-    work, sharding = work or make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
+    sharding = make_sharding(layout, deepspeed, forward_first=begins_forward(recipe))
+    work = work or make_workload(recipe, shape, layout, batch)
     counts = count_states(work)
     states = states or make_states(
         counts, sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
@@ -169,7 +176,8 @@ def predict_memory(
         acting, keep_gradients=parts.keeps, gradients_exist=parts.keeps and batch.gradient_accumulation_steps > 1, exact=replay
     )
     evaluating = _profile_evaluating(recipe, shape, layout, batch, acting, profile)
-    phases = _make_phases(parts, profile, evaluating, known=known)
+    exact = gathers(sharding) and replay and not profile.is_traced
+    phases = _make_phases(parts, profile, evaluating, _gather_beside(parts, profile, exact=exact), known=known)
     story = tell_step(parts.acting, states, sharding, parts.keeps, batch.gradient_accumulation_steps) if replay else None
     if story is not None and layout.accelerator == "cpu":
         slack = _make_heap_slack(phases, story, choose_threshold(work))
@@ -227,7 +235,7 @@ def _choose_profile(work: Workload, keep_gradients: bool, tracer: Tracer | None)
 
 def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan, *, deepspeed: Mapping[str, Any]) -> int:
     """Bytes of a device that the run needs at least: what it holds, at the step, while it loads, and with activations that cannot be fewer."""
-    work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
+    work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed, forward_first=begins_forward(recipe))
     states = make_states(
         count_states(work), sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
         micro_steps=batch.gradient_accumulation_steps, on_cpu=work.device == "cpu",
@@ -270,8 +278,17 @@ class Parts:
         """Whether gradients stay in their parameters until the step."""
         return self.sharding.stage < 2
 
+    @property
+    def gradients_exist(self) -> bool:
+        """Whether a micro-step before has left gradients in the parameters."""
+        return self.keeps and self.micro_steps > 1
+
 
 Held = list[Component]
+
+
+def add_bytes(components: Held) -> int:
+    return sum(component.bytes for component in components)
 
 
 def part(name: str, size: int, provenance: Provenance = "exact", error: float = 0.0, counts_in: FigureName = "allocated") -> Component:
@@ -297,7 +314,26 @@ def _profile_evaluating(
     )
 
 
-def _make_phases(parts: Parts, profile: StepProfile, evaluating: Evaluation | None, *, known: bool) -> dict[str, Held]:
+MicroStepPhase = Literal["forward", "loss", "early backward", "backward"]
+
+
+def _gather_beside(parts: Parts, profile: StepProfile, *, exact: bool) -> dict[MicroStepPhase, int]:
+    """Bytes that ZeRO-3's gathering adds to the peak of each phase: exactly, or no more than that where a search asks for many candidates."""
+    gathered = gather(parts.acting, parts.sharding)
+    if not exact:
+        at_most = profile.is_traced  # its moments are not told
+        forward, loss, backward = (gathered.most,) * 3 if at_most else (gathered.forward, gathered.loss, gathered.backward)
+        return {"forward": forward, "loss": loss, "early backward": backward, "backward": backward}
+    peaks = find_peaks(gathering_step(parts.acting, parts.sharding, keep_gradients=parts.keeps, gradients_exist=parts.gradients_exist))
+    loss = max(peaks["loss"], peaks["loss backward"]) - sum(profile.loss.values())
+    backward = peaks.get("backward", peaks["loss backward"]) - sum(profile.backward.values())
+    return {"forward": peaks["forward"] - sum(profile.forward.values()), "loss": loss, "backward": backward,
+            "early backward": peaks.get("early backward", 0) - sum(profile.early_backward.values())}  # fmt: skip
+
+
+def _make_phases(
+    parts: Parts, profile: StepProfile, evaluating: Evaluation | None, gathering: Mapping[MicroStepPhase, int], *, known: bool
+) -> dict[str, Held]:
     work, states, sharding, counts = parts.work, parts.states, parts.sharding, parts.counts
     several = parts.micro_steps > 1
     gathered = gather(work, sharding)
@@ -318,7 +354,7 @@ def _make_phases(parts: Parts, profile: StepProfile, evaluating: Evaluation | No
     def computing(peak: Peak, whole: int) -> Held:
         return [
             *(part(name, size, provenance, error) for name, size in peak.items() if size),
-            part("gathered parameters", whole, "source", 0.3),
+            part("gathered parameters", whole, "source", 0.1),
         ]
 
     # A second flush of the bucket in backward finds the rank's own part already there.
@@ -333,10 +369,11 @@ def _make_phases(parts: Parts, profile: StepProfile, evaluating: Evaluation | No
         "load": [*_loading(parts, gathered), part("step workspace", _start_adapters(parts), "source", 0.5)],
         "engine start": [*weights, part("fp32 master", states.master), *always, *(gradients if sharding.stage == 3 else []),
                          part("step workspace", start, "source", 0.05)],
-        "forward": [*held, *gradients, *early, *computing(profile.forward, gathered.forward)],
-        "loss": [*held, *gradients, *early, *computing(profile.loss, gathered.loss)],
-        "backward": [*held, *gradients, *bucket, part("gradients", mine, "source"), part("step workspace", copied, "source", 0.05),
-                     *computing(profile.backward, gathered.backward)],
+        "forward": [*held, *gradients, *early, *computing(profile.forward, gathering["forward"])],
+        "loss": [*held, *gradients, *early, *computing(profile.loss, gathering["loss"])],
+        "backward": max([*held, *gradients, *bucket, part("gradients", mine, "source"), part("step workspace", copied, "source", 0.05),
+                         *computing(profile.backward, gathering["backward"])],
+                        [*held, *gradients, *early, *computing(profile.early_backward, gathering["early backward"])], key=add_bytes),
         "reduce": [*held, *gradients, *bucket, part("gradients", left + mine, "source"), part("step workspace", states.reduce_copy, "source", 0.05)],
         "optimizer step": [*held, *step_gradients, *always, part("step workspace", states.step_peak, "source", 0.05)],
         "evaluation": [*held, *always, *(gradients if sharding.stage == 3 else []),
@@ -369,7 +406,7 @@ def _exported_at_once(parts: Parts, gathered: Gathered) -> int:
     return 2 * max(gathered.largest, parts.work.width * min(EXPORT_ELEMENTS, wanted))
 
 
-NOTHING_GATHERED = Gathered(forward=0, loss=0, backward=0, largest=0, largest_layer=0)
+NOTHING_GATHERED = Gathered(forward=0, loss=0, backward=0, most=0, largest=0, largest_layer=0)
 
 
 def _loading(parts: Parts, gathered: Gathered) -> Held:

@@ -15,6 +15,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from launcher.plan.reductions import sum_of_rows_workspace
@@ -37,10 +38,20 @@ KINDS = (
 Gradient = "Storage | None"
 
 
+@dataclass(slots=True)
+class Mark:
+    """Where among the events a module is entered and left; its backward pass too."""
+
+    direction: str
+    module: int | str
+    entering: int
+    leaving: int | None = None
+
+
 class Tape:
     """The one who counts. `peaks` holds, phase by phase, the most that was live and how it was made up."""
 
-    __slots__ = ("accumulates_in_place", "counts_workspace", "events", "frame", "fused", "on_cuda", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient",
+    __slots__ = ("accumulates_in_place", "counts_workspace", "events", "frame", "fused", "on_cuda", "grad_enabled", "kind", "live", "marks", "next_id", "now", "on_gradient",
                  "has_gradients", "on_host", "peaks", "phase", "recomputing", "reentrant", "round_to", "sequence", "top", "training", "unpacked")  # fmt: skip
 
     def __init__(
@@ -51,6 +62,7 @@ class Tape:
         self.reentrant = reentrant  # torch.utils.checkpoint(use_reentrant=True): a recomputation runs to its end, and its output stays
         self.now = self.on_host = 0
         self.has_gradients = False
+        self.marks: list[Mark] = []
         self.live = [0] * len(KINDS)
         self.peaks: dict[str, tuple[int, list[int]]] = {}
         self.events: list[tuple[str, int, int]] | None = [] if record else None
@@ -74,6 +86,30 @@ class Tape:
         """From here on, peaks are this phase's."""
         self.phase = phase
         self.top, _ = self.peaks.get(phase, (0, []))
+
+    def enter_module(self, module: int | str, direction: str = "forward") -> None:
+        """From here on, what is computed is this module's: ZeRO-3 gathers it here. Its backward pass is marked by `mark_backward`."""
+        if self.events is not None:
+            self.marks.append(Mark(direction, module, len(self.events)))
+
+    def leave_module(self, module: int | str, direction: str = "forward") -> None:
+        if self.events is not None:
+            for mark in reversed(self.marks):
+                if (mark.direction, mark.module) == (direction, module):
+                    mark.leaving = len(self.events)
+                    return
+
+    def mark_backward(self, x: Tensor, module: int | str, *, ends: bool = False) -> Tensor:
+        """The same tensor, at whose gradient a module's backward pass begins, or ends."""
+        if self.events is None or x.node is None or not self.grad_enabled:
+            return x
+        note = self.leave_module if ends else self.enter_module
+
+        def run(grad: Storage) -> tuple[Storage]:
+            note(module, "backward")
+            return (grad,)
+
+        return self.attach(Tensor(x.storage, x.count, x.width), run, x)
 
     def make(self, size: int) -> Storage:
         """A storage of so many bytes."""
@@ -371,6 +407,8 @@ def _accumulate(tape: Tape, sink: Sink, grad: Storage) -> None:
     if not tape.has_gradients:
         tape.has_gradients = True
         tape.enter("backward")
+        tape.top = tape.now
+        tape.peaks["backward"] = (tape.now, tape.live.copy())
     tape.on_gradient(sink, whole)
 
 
