@@ -325,8 +325,8 @@ def _gather_beside(parts: Parts, profile: StepProfile, *, exact: bool) -> dict[M
         forward, loss, backward = (gathered.most,) * 3 if at_most else (gathered.forward, gathered.loss, gathered.backward)
         return {"forward": forward, "loss": loss, "early backward": backward, "backward": backward}
     peaks = find_peaks(gathering_step(parts.acting, parts.sharding, keep_gradients=parts.keeps, gradients_exist=parts.gradients_exist))
-    loss = max(peaks["loss"], peaks["loss backward"]) - sum(profile.loss.values())
-    backward = peaks.get("backward", peaks["loss backward"]) - sum(profile.backward.values())
+    loss = max(peaks["loss"], peaks.get("loss backward", 0)) - sum(profile.loss.values())
+    backward = peaks["backward"] - sum(profile.backward.values())
     return {"forward": peaks["forward"] - sum(profile.forward.values()), "loss": loss, "backward": backward,
             "early backward": peaks.get("early backward", 0) - sum(profile.early_backward.values())}  # fmt: skip
 
