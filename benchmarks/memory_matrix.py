@@ -112,13 +112,14 @@ def write_model(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def write_rows(path: Path, seq_len: int, count: int = 64) -> Path:
-    """Rows that are cut to `seq_len` tokens, so that every micro-batch is as the plan has it."""
+    """Examples of half of `seq_len` tokens each, an end among them, so that every micro-batch is as the plan has it: full, and of several examples
+    in a row, which need a mask."""
     import random
 
     rng = random.Random(0)
     with path.open("w", encoding="utf-8") as file:
         for _ in range(count):
-            file.write(json.dumps({"text": " ".join(f"w{rng.randrange(3, 1000)}" for _ in range(seq_len + 8))}) + "\n")
+            file.write(json.dumps({"text": " ".join(f"w{rng.randrange(3, 1000)}" for _ in range(seq_len // 2 - 1))}) + "\n")
     return path
 
 

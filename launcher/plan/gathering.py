@@ -147,6 +147,13 @@ def gathering_step(work: Workload, sharding: Sharding, *, keep_gradients: bool, 
     return add_gathers(tape.events, tape.marks, list_visits(work, sharding))
 
 
+def largest_at_once(work: Workload, sharding: Sharding) -> int:
+    """Bytes of the largest buffer that parameters are gathered into."""
+    if not gathers(sharding):
+        return 0
+    return max((size for visit in list_visits(work, sharding) for size, _ in visit.entering), default=0)
+
+
 def add_gathers(events: Sequence[Event], marks: Sequence[Mark], visits: Sequence[Visit]) -> list[Event]:
     """A micro-step's events with what is gathered among them. A module whose place is not marked is visited with the next one that is."""
     first_key = max((key for _, _, key in events), default=0)

@@ -36,6 +36,16 @@ def choose_threshold(work: Workload) -> int:
     return min(MOST_THRESHOLD, max(LEAST_THRESHOLD, 1 << widest.bit_length()))
 
 
+GLOO_THREADS = 2
+"""Of torch's process group over gloo, for one network interface (torch 2.13, ProcessGroupGloo.cpp)."""
+
+
+def keep_beside(gathered_at_once: int, threshold: int) -> int:
+    """What the heaps of gloo's threads keep: each gathers into memory of its own, and glibc gives a thread a heap of its own, whose top it keeps up
+    to M_TRIM_THRESHOLD."""
+    return GLOO_THREADS * min(threshold, gathered_at_once)
+
+
 class _Chunk:
     __slots__ = ("after", "before", "free", "offset", "size")
 

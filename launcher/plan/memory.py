@@ -17,8 +17,8 @@ from launcher.plan.budget import COMPONENTS, Component, FigureName, MemoryPlan, 
 from launcher.plan.decoder import CLOSED_FORMS
 from launcher.plan.evaluating import Evaluation, profile_evaluating
 from launcher.plan.fused import FUSED
-from launcher.plan.gathering import Gathered, find_peaks, gather, gathering_step, gathers
-from launcher.plan.heap import PIECE_LIFE, choose_threshold
+from launcher.plan.gathering import Gathered, find_peaks, gather, gathering_step, gathers, largest_at_once
+from launcher.plan.heap import PIECE_LIFE, choose_threshold, keep_beside
 from launcher.plan.heap import replay as replay_heap
 from launcher.plan.host import make_disk, make_host_phases, make_network
 from launcher.plan.layout import Layout
@@ -180,7 +180,9 @@ def predict_memory(
     phases = _make_phases(parts, profile, evaluating, _gather_beside(parts, profile, exact=exact), known=known)
     story = tell_step(parts.acting, states, sharding, parts.keeps, batch.gradient_accumulation_steps) if replay else None
     if story is not None and layout.accelerator == "cpu":
-        slack = _make_heap_slack(phases, story, choose_threshold(work))
+        threshold = choose_threshold(work)
+        beside = keep_beside(largest_at_once(parts.acting, sharding), threshold) if sharding.ranks > 1 else 0
+        slack = _make_heap_slack(phases, story, threshold, beside)
     else:
         slack = _make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
     finished = tuple(
@@ -189,7 +191,7 @@ def predict_memory(
     )
     notes += _find_notes(parts)
     host = make_host_phases(recipe, shape, layout, states, counts, finished, overheads.libraries, overheads.libraries_error,
-                             profile.host_checkpoints)  # fmt: skip
+                             profile.host_checkpoints, cluster.ray.spare_workers)  # fmt: skip
     merging = make_merge_phases(work, counts, libraries=overheads.libraries, libraries_error=overheads.libraries_error,
                                 context=overheads.context, context_error=overheads.context_error)  # fmt: skip
     return MemoryPlan(
@@ -326,7 +328,7 @@ def _gather_beside(parts: Parts, profile: StepProfile, *, exact: bool) -> dict[M
         return {"forward": forward, "loss": loss, "early backward": backward, "backward": backward}
     peaks = find_peaks(gathering_step(parts.acting, parts.sharding, keep_gradients=parts.keeps, gradients_exist=parts.gradients_exist))
     loss = max(peaks["loss"], peaks.get("loss backward", 0)) - sum(profile.loss.values())
-    backward = peaks["backward"] - sum(profile.backward.values())
+    backward = peaks.get("backward", 0) - sum(profile.backward.values())
     return {"forward": peaks["forward"] - sum(profile.forward.values()), "loss": loss, "backward": backward,
             "early backward": peaks.get("early backward", 0) - sum(profile.early_backward.values())}  # fmt: skip
 
@@ -458,14 +460,15 @@ def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, 
     return slack
 
 
-def _make_heap_slack(phases: dict[str, Held], story: Story, threshold: int) -> dict[str, Component]:
-    """What glibc's heap keeps in holes, replayed (heap.py). What an earlier phase left stays, so each has the most until then."""
+def _make_heap_slack(phases: dict[str, Held], story: Story, threshold: int, beside: int) -> dict[str, Component]:
+    """What glibc's heap keeps in holes, replayed (heap.py), and what threads' heaps keep `beside` it. What an earlier phase left stays, so each
+    has the most until then."""
     allocations = sum(1 for phase, size, _ in story.events if size > 0 and phase not in ("load", "engine start")) // ITERATIONS
     peaks = replay_heap(story.events, threshold, piece_life=int(PIECE_LIFE * allocations))
     slack: dict[str, Component] = {}
     for name in phases:
         resident, live = peaks.get(story.phase_of(name), (0, 0))
-        slack[name] = part("allocator slack", max(0, resident - live), "fitted", 0.5, "reserved")
+        slack[name] = part("allocator slack", max(0, resident - live) + beside, "fitted", 0.5, "reserved")
     return slack
 
 

@@ -91,7 +91,7 @@ def _profile(work: Workload, layers: int | None, keep_gradients: bool, gradients
         tape = run_step(work, layers, keep_gradients=keep_gradients, gradients_exist=gradients_exist)
     peaks = tape.peaks
     loss = max((peaks[name] for name in ("loss", "loss backward") if name in peaks), key=lambda peak: peak[0])
-    return StepProfile(forward=_by_kind(peaks["forward"]), loss=_by_kind(loss), backward=_by_kind(peaks["backward"]),
+    return StepProfile(forward=_by_kind(peaks["forward"]), loss=_by_kind(loss), backward=_by_kind(peaks.get("backward", loss)),
                        early_backward=_by_kind(peaks["early backward"]) if "early backward" in peaks else {}, host_checkpoints=tape.on_host)  # fmt: skip
 
 
