@@ -28,7 +28,9 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def most_told(plan: Plan) -> int:
-    return max(phase.allocated_bytes for phase in plan.memory.phases if phase.name in ("forward", "loss", "backward", "reduce", "optimizer step"))
+    return max(
+        phase.allocated_bytes for phase in plan.memory.phases if phase.name in ("forward", "loss", "backward", "reduce", "optimizer step")
+    )
 
 
 @pytest.mark.parametrize(
@@ -37,7 +39,9 @@ def most_told(plan: Plan) -> int:
      ({"kind": "qlora", "bits": 8}, True, True)],
     ids=str,
 )  # fmt: skip
-def test_the_peak_of_live_tensors(method: dict[str, Any], packing: bool, checkpointing: bool, wide: Path, tmp_path: Path, two_ranks: Ranks) -> None:
+def test_the_peak_of_live_tensors(
+    method: dict[str, Any], packing: bool, checkpointing: bool, wide: Path, tmp_path: Path, two_ranks: Ranks
+) -> None:
     """Within 3 %, of a model most of whose bytes are gathered: buckets of a prefetch, gloo's copies of them, the head at the turn."""
     sections: dict[str, Any] = {"method": method, "parallel": {"zero_stage": 3}, "memory": {"gradient_checkpointing": checkpointing},
                                 "model": {"name_or_path": str(wide / "model"), "dtype": "bf16"}, "data": {"packing": packing, "eval": []},
@@ -95,7 +99,9 @@ def test_what_is_sent_for_comes_in_one_buffer_and_is_copied_out_of_it() -> None:
     root, embedding, first, *_ = visit(RULES)
     assert [size for size, _ in root.entering] == [300], "the embedding and a half of the first layer: 150 elements"
     assert [size for size, _ in embedding.entering] == [200, 100, 300], "both are copied when one is waited for; three more are sent for"
-    assert [size for size, _ in first.entering] == [-300, 100, 100, 100, 200], "the last of the first buffer was waited for, then the second is copied"
+    assert [size for size, _ in first.entering] == [-300, 100, 100, 100, 200], (
+        "the last of the first buffer was waited for, then the second is copied"
+    )
 
 
 def test_nothing_is_whole_after_the_pass_and_nothing_goes_twice() -> None:

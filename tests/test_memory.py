@@ -199,7 +199,9 @@ def test_what_zero_3_keeps_gathered_at_the_turn() -> None:
     ahead = layer - 2 * 4096 * 14336
     assert gathered.loss == head + ahead, "the head is needed again, and the last layer's parameters were sent for but its last"
     assert first.loss == ahead, "what DeepSpeed remembers of forward passes alone is that nothing is needed again"
-    assert gathered.forward == first.forward == layer + 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 4096 * 14336), "a layer, and 50M elements ahead"
+    assert gathered.forward == first.forward == layer + 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 4096 * 14336), (
+        "a layer, and 50M elements ahead"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- speed

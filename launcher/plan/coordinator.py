@@ -68,7 +68,9 @@ class _Handle:
     waiting: set[int] = field(default_factory=set)
 
 
-def visit_modules(order: list[tuple[Direction, Module]], shards: list[Shard], members: dict[Module, list[int]], rules: Rules) -> list[Visit]:
+def visit_modules(
+    order: list[tuple[Direction, Module]], shards: list[Shard], members: dict[Module, list[int]], rules: Rules
+) -> list[Visit]:
     """The visits of a pass once DeepSpeed knows the order of modules, from the third step on. `members`: a module's parameters, as indices."""
     forward = [(direction, module) for direction, module in order if direction == "forward"]
     remembered = _Pass(forward, shards, members, rules, {}).run()[1] if rules.releases_all else {}

@@ -111,7 +111,9 @@ def gather(work: Workload, sharding: Sharding) -> Gathered:
         live += sum(size for size, _ in visit.leaving)
         if visit.direction == "forward":
             loss = live
-    return Gathered(forward=least["forward"], loss=loss, backward=least["backward"], most=most, largest=inventory.largest, largest_layer=largest_layer)
+    return Gathered(
+        forward=least["forward"], loss=loss, backward=least["backward"], most=most, largest=inventory.largest, largest_layer=largest_layer
+    )
 
 
 def list_visits(work: Workload, sharding: Sharding) -> list[Visit]:
@@ -132,7 +134,14 @@ def _list_visits(inventory: Inventory, roots: int, embeds_back: bool, rules: Rul
     layers: list[Module] = list(range(len(inventory.layers)))
     members: dict[Module, list[int]] = {layer: list(inventory.layers[int(layer)]) for layer in layers}
     members |= {"root": [], "norm": [], "head": list(inventory.head), "embedding": list(inventory.embedding)}
-    forward: list[Module] = [*["root"] * roots, "embedding", "root", *layers, "norm", "head"]  # the second root makes the tables of positions
+    forward: list[Module] = [
+        *["root"] * roots,
+        "embedding",
+        "root",
+        *layers,
+        "norm",
+        "head",
+    ]  # the second root makes the tables of positions
     backward: list[Module] = [*["root"] * (roots - 1), "head", "root", "norm", *reversed(layers), *(["embedding"] if embeds_back else [])]
     order: list[tuple[Direction, Module]] = [("forward", module) for module in forward]
     order += [("backward", module) for module in backward]

@@ -39,7 +39,10 @@ def make_host_phases(
     waiting = (Component(name="spare workers", bytes=SPARE_WORKER * workers, provenance="fitted", error=0.25),) if spares else ()
     if layout.accelerator == "cpu":
         return tuple(
-            Phase(name=p.name, components=(*(replace(c, bytes=c.bytes * workers) for c in p.components), *(waiting if p.name in STEPPING else ())))
+            Phase(
+                name=p.name,
+                components=(*(replace(c, bytes=c.bytes * workers) for c in p.components), *(waiting if p.name in STEPPING else ())),
+            )
             for p in device
         )
     base = Component(name=LIBRARIES, bytes=libraries * workers, provenance="fitted", error=error)

@@ -181,7 +181,7 @@ def predict_memory(
     story = tell_step(parts.acting, states, sharding, parts.keeps, batch.gradient_accumulation_steps) if replay else None
     if story is not None and layout.accelerator == "cpu":
         threshold = choose_threshold(work)
-        beside = keep_beside(largest_at_once(parts.acting, sharding), threshold) if sharding.ranks > 1 else 0
+        beside = keep_beside(largest_at_once(parts.acting, sharding), states.reduce_copy, sharding.ranks, threshold)
         slack = _make_heap_slack(phases, story, threshold, beside)
     else:
         slack = _make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
