@@ -73,7 +73,7 @@ def assert_equal(kind: str, work: Workload, *, layers: int = 2, keep: bool = Tru
         "forward": max(peaks["forward"], peaks["loss"]),
         "backward": max(peaks.get(name, 0) for name in ("loss backward", "early backward", "backward")),
     }
-    assert found == {phase: traced.peaks[phase] for phase in found}
+    assert found == {phase: traced.peaks[phase] for phase in found}, (kind, layers, changes, work)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 6])
