@@ -72,7 +72,7 @@ def visit_modules(
     order: list[tuple[Direction, Module]], shards: list[Shard], members: dict[Module, list[int]], rules: Rules
 ) -> list[Visit]:
     """The visits of a pass once DeepSpeed knows the order of modules, from the third step on. `members`: a module's parameters, as indices."""
-    forward = [(direction, module) for direction, module in order if direction == "forward"]
+    forward = [visit for visit in order if visit[0] == "forward"]
     remembered = _Pass(forward, shards, members, rules, {}).run()[1] if rules.releases_all else {}
     return _Pass(order, shards, members, rules, remembered).run()[0]
 

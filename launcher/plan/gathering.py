@@ -132,17 +132,13 @@ def list_visits(work: Workload, sharding: Sharding) -> list[Visit]:
 def _list_visits(inventory: Inventory, roots: int, embeds_back: bool, rules: Rules) -> list[Visit]:
     """`roots`: the causal model and the model in it, and around them peft's two."""
     layers: list[Module] = list(range(len(inventory.layers)))
-    members: dict[Module, list[int]] = {layer: list(inventory.layers[int(layer)]) for layer in layers}
+    root: list[Module] = ["root"]
+    members: dict[Module, list[int]] = {number: list(layer) for number, layer in enumerate(inventory.layers)}
     members |= {"root": [], "norm": [], "head": list(inventory.head), "embedding": list(inventory.embedding)}
-    forward: list[Module] = [
-        *["root"] * roots,
-        "embedding",
-        "root",
-        *layers,
-        "norm",
-        "head",
-    ]  # the second root makes the tables of positions
-    backward: list[Module] = [*["root"] * (roots - 1), "head", "root", "norm", *reversed(layers), *(["embedding"] if embeds_back else [])]
+    forward: list[Module] = [*root * roots, "embedding", "root", *layers, "norm", "head"]  # the second root makes the tables of positions
+    backward: list[Module] = [*root * (roots - 1), "head", "root", "norm", *reversed(layers)]
+    if embeds_back:
+        backward.append("embedding")
     order: list[tuple[Direction, Module]] = [("forward", module) for module in forward]
     order += [("backward", module) for module in backward]
     return visit_modules(order, list(inventory.shards), members, rules)

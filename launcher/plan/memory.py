@@ -11,23 +11,22 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 from launcher.cluster import Cluster
-from launcher.plan.allocator import replay as replay_allocator
 from launcher.plan.batch import BatchPlan
-from launcher.plan.budget import COMPONENTS, Component, FigureName, MemoryPlan, Phase, Provenance
+from launcher.plan.budget import COMPONENTS, Component, MemoryPlan, Phase, Provenance
 from launcher.plan.decoder import CLOSED_FORMS
 from launcher.plan.evaluating import Evaluation, profile_evaluating
 from launcher.plan.fused import FUSED
 from launcher.plan.gathering import Gathered, find_peaks, gather, gathering_step, gathers, largest_at_once
-from launcher.plan.heap import PIECE_LIFE, choose_threshold, keep_beside
-from launcher.plan.heap import replay as replay_heap
+from launcher.plan.heap import choose_threshold, keep_beside
 from launcher.plan.host import make_disk, make_host_phases, make_network, make_staging, save_beside
 from launcher.plan.layout import Layout
 from launcher.plan.merging import make_merge_phases
 from launcher.plan.products import predict_objects, predict_products
 from launcher.plan.profile import Peak, StepProfile, bound_step, profile_step
 from launcher.plan.shape import ModelShape
+from launcher.plan.slack import Held, add_bytes, make_heap_slack, make_slack, part
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
-from launcher.plan.timeline import ITERATIONS, Event, Story, flushes_in_backward, tell_step
+from launcher.plan.timeline import flushes_in_backward, tell_step
 from launcher.plan.trainable import OTHERS, as_trained
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
@@ -182,9 +181,9 @@ def predict_memory(
     if story is not None and layout.accelerator == "cpu":
         threshold = choose_threshold(work)
         beside = keep_beside(largest_at_once(parts.acting, sharding), states.reduce_copy, sharding.ranks, threshold)
-        slack = _make_heap_slack(phases, story, threshold, beside)
+        slack = make_heap_slack(phases, story, threshold, beside)
     else:
-        slack = _make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
+        slack = make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
     finished = tuple(
         Phase(name=name, components=_finish(components, slack[name], work, overheads, sharding, name))
         for name, components in phases.items()
@@ -288,17 +287,6 @@ class Parts:
     def gradients_exist(self) -> bool:
         """Whether a micro-step before has left gradients in the parameters."""
         return self.keeps and self.micro_steps > 1
-
-
-Held = list[Component]
-
-
-def add_bytes(components: Held) -> int:
-    return sum(component.bytes for component in components)
-
-
-def part(name: str, size: int, provenance: Provenance = "exact", error: float = 0.0, counts_in: FigureName = "allocated") -> Component:
-    return Component(name=name, bytes=size, provenance=provenance, error=error, counts_in=counts_in)
 
 
 def _profile_evaluating(
@@ -429,56 +417,6 @@ def _loading(parts: Parts, gathered: Gathered) -> Held:
     turning = 2 * work.width * counts.largest_quantised
     return [part("weights", base + counts.packed_bytes), part("quantisation state", counts.quant_state_bytes),
             part("adapters", work.width * counts.adapters), part("dequantisation workspace", turning, "source", 0.5)]  # fmt: skip
-
-
-def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, limit: int, *, alike: bool) -> dict[str, Component]:
-    """What the allocator reserves beyond what is allocated: replayed on a device of `limit` bytes, or a share where it is not.
-
-    `alike`: the story is of the very bytes that the phases hold; otherwise the share that is reserved beyond its own is taken.
-    """
-    if story is None:
-        return {
-            name: part("allocator slack", int(0.06 * sum(c.bytes for c in parts)), "assumed", 1.0, "reserved")
-            for name, parts in phases.items()
-        }
-    least = max(sum(c.bytes for c in parts) for parts in phases.values())
-    beside = [sum(_reserve(events, mode) for events in story.side) for mode in (False, True)]
-    limit -= max(beside)
-    within = limit if limit > least else None  # what cannot fit shows what it would take
-    native, growing = (replay_allocator(story.events, expandable=mode, limit=within) for mode in (False, True))
-    chosen = growing if expandable else native
-    slack: dict[str, Component] = {}
-    reserved = 0
-    for name, parts in phases.items():
-        told = story.phase_of(name)
-        reserved = chosen[told][0] if told in chosen else reserved
-        aside = beside[expandable] if name not in ("load", "engine start", "resume") else 0
-        held = sum(c.bytes for c in parts)
-        exact = alike or told not in chosen
-        size = max(0, reserved + aside - held) if exact else int(held * (reserved / max(1, chosen[told][1]) - 1))
-        # How far apart the allocator's two modes are says how much this depends on the order of events.
-        spread = max(0.02 * reserved, abs(native[told][0] - growing[told][0] + beside[0] - beside[1]) / 2 if told in native else 0)
-        if within is not None:  # near the limit torch gives cached segments back: slack alone does not pass it by more
-            spread = min(spread, max(0.02 * reserved, within - reserved))
-        slack[name] = part("allocator slack", size, "source", spread / size if size else 0.0, "reserved")
-    return slack
-
-
-def _make_heap_slack(phases: dict[str, Held], story: Story, threshold: int, beside: int) -> dict[str, Component]:
-    """What glibc's heap keeps in holes, replayed (heap.py), and what threads' heaps keep `beside` it. What an earlier phase left stays, so each
-    has the most until then."""
-    allocations = sum(1 for phase, size, _ in story.events if size > 0 and phase not in ("load", "engine start")) // ITERATIONS
-    peaks = replay_heap(story.events, threshold, piece_life=int(PIECE_LIFE * allocations))
-    slack: dict[str, Component] = {}
-    for name in phases:
-        resident, live = peaks.get(story.phase_of(name), (0, 0))
-        slack[name] = part("allocator slack", max(0, resident - live) + beside, "fitted", 0.5, "reserved")
-    return slack
-
-
-def _reserve(events: list[Event], expandable: bool) -> int:
-    """What a stream of its own reserves."""
-    return max((reserved for reserved, _ in replay_allocator(events, expandable=expandable).values()), default=0)
 
 
 def _finish(
