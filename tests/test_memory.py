@@ -158,6 +158,7 @@ def test_a_worked_example() -> None:
     assert held["gradients"] == 2 * params // ranks and held["buckets"] == 2 * 500_000_000
     assert held["weights"] == 2 * params // ranks + 2 * 65 * 4096, "norms are under the threshold: every rank holds them whole too"
     assert held["activation checkpoints"] == 32 * 2 * 4096 * tokens
+    assert held["gathered parameters"] == 2 * (2 * 4096**2 + 2 * 1024 * 4096 + 2 * 14_336 * 4096), "sent for, of the last layer"
     assert held["logits and loss"] == pytest.approx(12 * 128_256 * (tokens - 1), rel=0.01)
 
 
