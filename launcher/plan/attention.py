@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.plan.operators import FP32, cast, copy, dropout, part, pointwise_of_result, scale, shift
+from launcher.plan.operators import FP32, add, add_small, cast, copy, dropout, part, pointwise_of_result, scale, shift
 from launcher.plan.tape import Storage, Tape, Tensor
 
 
@@ -96,16 +96,22 @@ def _kernel(
     sizes = tuple((t.count * t.width, t.node is not None) for t in (q, k, v))
     del sums, rest
     extra = _backward_workspace(at, q.width) if workspace else 0
+    # A bias' gradient has rows of a multiple of 16, and one for each of the batch.
+    spread = at.rows * at.heads * at.queries * (-(-at.keys // 16) * 16) * q.width if bias is not None and bias.node is not None else 0
+    has_bias, small = bias is not None, bias.count * bias.width if bias is not None else 0
+    summed = bias is not None and spread > small
 
-    def run(grad: Storage) -> tuple[Storage | None, ...]:
+    def run(grad: Storage) -> tuple[Any, ...]:
         for tensor in kept:
             tensor.fetch()
         grads = tuple(tape.make(size) for size, _ in sizes)
+        of_bias: Any = tape.make(spread) if spread else None
         if extra:
             tape.make(extra)
-        return tuple(g if wanted else None for g, (_, wanted) in zip(grads, sizes, strict=True))
+        given = tuple(g if wanted else None for g, (_, wanted) in zip(grads, sizes, strict=True))
+        return (*given, (of_bias, small) if summed else of_bias) if has_bias else given
 
-    return tape.attach(out, run, q, k, v)
+    return tape.attach(out, run, q, k, v) if bias is None else tape.attach(out, run, q, k, v, bias)
 
 
 def _backward_workspace(at: Heads, width: int) -> int:
@@ -219,3 +225,66 @@ def batched_matmul(tape: Tape, a: Tensor, b: Tensor, count: int) -> Tensor:
         return grad_a, grad_b
 
     return tape.record(count, a.width, run, a, b)
+
+
+# ------------------------------------------------------------------------------------------------- with a bias of positions
+
+
+def biased_eager(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor, at: Heads, *, p: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """T5's eager_attention_forward: a bias beside the mask, softmax in the model's dtype."""
+    scores = scale(tape, _scores(tape, q, k, at))
+    scores = add_small(tape, scores, bias) if at.rows > 1 else add(tape, scores, bias)
+    if mask is not None:
+        scores = shift(tape, scores)
+    weights = pointwise_of_result(tape, scores)
+    del scores
+    weights = dropout(tape, weights, p)
+    mixed = _mix(tape, weights, v, at)
+    out = copy(tape, mixed)
+    return out, weights
+
+
+def biased_sdpa(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor, at: Heads, *, by_heads: bool, device: str, workspace: bool,
+    p: float,
+) -> Tensor:  # fmt: skip
+    """SDPA with a bias for every head, query and key, and what of it is not to be seen at its least (sdpa_attention.py, create_position_bias_mask)."""
+    whole = _cover(tape, mask, bias, at, by_heads)
+    if device == "cpu" and ((p and tape.training) or whole.node is not None):  # its fused kernel drops nothing, and gives a mask no gradient
+        return _plain(tape, q, k, v, whole, at, p)
+    padded, seeds = (32, 2) if device == "cuda" else (1, 0)
+    return _kernel(tape, q, k, v, whole, at, padded=padded, seeds=seeds, workspace=workspace and device == "cuda")
+
+
+def _cover(tape: Tape, mask: Tensor | None, bias: Tensor, at: Heads, by_heads: bool) -> Tensor:
+    """The bias where it is seen, laid out head by head."""
+    if mask is None and not at.causal:
+        return bias if by_heads else copy(tape, bias)
+    seen = mask
+    if seen is None:
+        order, beside = tape.new(at.queries, 8), tape.new(at.keys, 8)
+        seen = tape.new(at.queries * at.keys, 1)
+        del order, beside
+    covered = _where(tape, seen, bias, bias.count if mask is None else at.rows * bias.count)
+    return covered if by_heads else copy(tape, covered)
+
+
+def _where(tape: Tape, seen: Tensor, x: Tensor, count: int) -> Tensor:
+    """torch.where(seen, x, a number): its gradient is summed over what x was spread to."""
+    kept = tape.save(seen) if x.node is not None else None
+    size, own, width = count * x.width, x.count * x.width, x.width
+
+    def run(grad: Storage) -> tuple[Any]:
+        assert kept is not None
+        kept.fetch()
+        zero = tape.make(width)
+        made = tape.make(size)
+        del zero
+        return (made if size == own else (made, own),)
+
+    number = tape.new(1, x.width)
+    out = tape.new(count, x.width)
+    del number
+    return tape.attach(out, run, x)

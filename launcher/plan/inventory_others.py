@@ -89,12 +89,16 @@ def _t5(c: Config) -> Inventory:
     bias = table("layer.0.SelfAttention.relative_attention_bias", buckets, c["num_heads"])
     encoder = (*attention("layer.0", "SelfAttention"), *mlp("layer.1"))
     decoder = (*attention("layer.0", "SelfAttention"), *attention("layer.1", "EncDecAttention"), *mlp("layer.2"))
-    deep = c.get("num_decoder_layers") or c["num_layers"]
     head = () if tied(c) else (Block("", linear("lm_head", hidden, c["vocab_size"])),)
     return (Block("", table("shared", c["vocab_size"], hidden)), Block("encoder.block.{}.", encoder, tuple(range(c["num_layers"]))),
             Block("encoder.block.0.", bias), Block("encoder.", vector("final_layer_norm", hidden)),
-            Block("decoder.block.{}.", decoder, tuple(range(deep))), Block("decoder.block.0.", bias),
+            Block("decoder.block.{}.", decoder, tuple(range(depth_of_decoder(c)))), Block("decoder.block.0.", bias),
             Block("decoder.", vector("final_layer_norm", hidden)), *head)  # fmt: skip
+
+
+def depth_of_decoder(c: Config) -> int:
+    """Layers of a T5's decoder."""
+    return int(c.get("num_decoder_layers") or c["num_layers"])
 
 
 def _whisper(c: Config) -> Inventory:

@@ -38,7 +38,8 @@ class MethodFacts:
 class Workload:
     """Rows of `seq_len` tokens, `micro_batch_size` of them; `loss_columns` of a row's positions carry loss.
 
-    `packed`: a row holds several examples, so that kernels other than flash attention are given a mask.
+    `packed`: a row holds several examples, or is padded, so that kernels other than flash attention are given a mask.
+    `target_len`: tokens that an encoder-decoder's decoder reads of a row, where `seq_len` are its encoder's; 0 for any other model.
     `kernel_workspace` counts what CUDA's attention kernels take for themselves, which no trace sees.
     """
 
@@ -53,6 +54,7 @@ class Workload:
     seq_len: int
     loss_columns: int
     packed: bool
+    target_len: int = 0
     kernel_workspace: bool = True
     fused: bool = False
     """Liger's kernels for norms, rotary embeddings and gated MLPs."""

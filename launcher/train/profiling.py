@@ -18,12 +18,13 @@ import torch.nn.functional as F
 
 from launcher.plan.forward import layer_type
 from launcher.plan.inventory_others import COUNTED
+from launcher.plan.pairs import PAIRS
 from launcher.plan.profile import StepProfile
 from launcher.plan.shape import ModelShape, name_alike, read_text_part
 from launcher.plan.workload import Workload
 from launcher.train.encode import IGNORED
 from launcher.train.head import put_loss_into_head
-from launcher.train.loss import sum_kept_loss
+from launcher.train.loss import sum_kept_loss, sum_pair_loss
 from launcher.train.trace import Trace, checkpoint_as_on, trace_step
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -150,7 +151,11 @@ def _build(shape: ModelShape, layers: int | None, attention: str = "sdpa") -> An
             _cut(part, layers)
     config._attn_implementation = "sdpa" if attention == "flash_attention_2" else attention
     with torch.device("meta"):
-        return getattr(transformers, _CLASSES.get(kind, "AutoModelForCausalLM")).from_config(config)
+        model = getattr(transformers, _CLASSES.get(kind, "AutoModelForCausalLM")).from_config(config)
+    if kind in PAIRS and not shape.tied_embeddings:
+        # As from_pretrained leaves it where the files hold a head of their own; a configuration alone always ties (configuration_t5.py).
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    return model
 
 
 def _cut(config: Any, layers: int) -> None:
@@ -176,7 +181,10 @@ def _make_text(work: Workload, config: Any) -> Batch:
 
 
 def _make_pair(work: Workload, config: Any) -> Batch:
-    return {name: _zeros(work.micro_batch_size, work.seq_len) for name in ("input_ids", "decoder_input_ids")}
+    """A source and a target, as launcher.train.data makes them: with a mask where a source may be padded."""
+    rows = work.micro_batch_size
+    batch = {"input_ids": _zeros(rows, work.seq_len)} | {name: _zeros(rows, work.target_len) for name in ("decoder_input_ids", "labels")}
+    return batch | ({"attention_mask": _zeros(rows, work.seq_len)} if work.packed else {})
 
 
 def _make_speech(work: Workload, config: Any) -> Batch:
@@ -224,7 +232,7 @@ def _loss_of_pairs(model: Any, batch: Batch) -> torch.Tensor:
     return loss
 
 
-_LOSSES = {"t5": _loss_of_logits, "whisper": _loss_of_logits, "vit": _loss_of_logits, "clip": _loss_of_pairs}
+_LOSSES = {"t5": sum_pair_loss, "whisper": _loss_of_logits, "vit": _loss_of_logits, "clip": _loss_of_pairs}
 
 
 def _lay_method(model: Any, work: Workload) -> Any:
