@@ -98,18 +98,17 @@ def _kernel(
     extra = _backward_workspace(at, q.width) if workspace else 0
     # A bias' gradient has rows of a multiple of 16, and one for each of the batch.
     spread = at.rows * at.heads * at.queries * (-(-at.keys // 16) * 16) * q.width if bias is not None and bias.node is not None else 0
-    has_bias, small = bias is not None, bias.count * bias.width if bias is not None else 0
-    summed = bias is not None and spread > small
+    has_bias = bias is not None
 
-    def run(grad: Storage) -> tuple[Any, ...]:
+    def run(grad: Storage) -> tuple[Storage | None, ...]:
         for tensor in kept:
             tensor.fetch()
         grads = tuple(tape.make(size) for size, _ in sizes)
-        of_bias: Any = tape.make(spread) if spread else None
+        of_bias = tape.make(spread) if spread else None
         if extra:
             tape.make(extra)
         given = tuple(g if wanted else None for g, (_, wanted) in zip(grads, sizes, strict=True))
-        return (*given, (of_bias, small) if summed else of_bias) if has_bias else given
+        return (*given, of_bias) if has_bias else given
 
     return tape.attach(out, run, q, k, v) if bias is None else tape.attach(out, run, q, k, v, bias)
 
@@ -255,7 +254,16 @@ def biased_sdpa(
     if device == "cpu" and ((p and tape.training) or whole.node is not None):  # its fused kernel drops nothing, and gives a mask no gradient
         return _plain(tape, q, k, v, whole, at, p)
     padded, seeds = (32, 2) if device == "cuda" else (1, 0)
+    if device == "cuda":
+        whole = _spread(tape, whole, at)
     return _kernel(tape, q, k, v, whole, at, padded=padded, seeds=seeds, workspace=workspace and device == "cuda")
+
+
+def _spread(tape: Tape, bias: Tensor, at: Heads) -> Tensor:
+    """One bias for every row of the batch: a view, whose gradient is summed where there are several."""
+    size, several = bias.count * bias.width, at.rows * at.heads * at.queries * at.keys > bias.count
+    out = Tensor(bias.storage, bias.count, bias.width)
+    return tape.attach(out, lambda grad: (tape.make(size) if several else grad,), bias)
 
 
 def _cover(tape: Tape, mask: Tensor | None, bias: Tensor, at: Heads, by_heads: bool) -> Tensor:

@@ -117,6 +117,8 @@ def _stack(run: Pass, model: Pair, stack: Stack, encoded: Tensor | None) -> Tens
     tape, work, config = run.tape, run.work, run.config
     p, columns = _rate(config), work.seq_len if encoded is None else work.target_len
     embedded = embed(tape, model.shared, work.micro_batch_size * columns, config["d_model"])
+    if work.checkpointing != "off" and tape.grad_enabled and embedded.node is None:  # it is asked for a gradient
+        embedded.node = Sink(embedded.storage)
     mask, cross_mask = _make_masks(run, encoded is not None)
     bias: Tensor | None = None
     cross: Tensor | None = None
@@ -146,10 +148,8 @@ def _make_masks(run: Pass, decodes: bool) -> tuple[Tensor | None, Tensor | None]
     own, cross = None, None
     if decodes:
         if work.attention == "eager":
-            count = work.target_len**2
-            own = tape.new(count, 1)
-            own = tape.new(count, work.width)
-            own.count = work.micro_batch_size * count  # one for all rows, expanded to them
+            own = tape.new(work.target_len**2, 1)
+            own = tape.new(work.micro_batch_size * work.target_len**2, work.width)
         if work.packed:
             cross = _make_padding_mask(run, work.target_len)
     elif work.packed:

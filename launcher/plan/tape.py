@@ -291,7 +291,7 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
     root = loss.node
     assert isinstance(root, Node), "nothing is trained"
     first = root.grads = tape.make(4)  # torch.autograd.backward holds on to it
-    _count_users(root)
+    leaves = _count_users(root)  # a graph holds on to them until it goes
     ready: list[Node] = [root]
     queued = {root.sequence}
     while ready:
@@ -329,7 +329,7 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
                     heapq.heappush(ready, edge)
             del grad
         del edges, outputs, node
-    del first
+    del first, leaves
 
 
 def _fit(tape: Tape, edge: Any, whole: Storage, size: int) -> Storage:
@@ -342,18 +342,22 @@ def _fit(tape: Tape, edge: Any, whole: Storage, size: int) -> Storage:
     return made
 
 
-def _count_users(root: Node) -> None:
-    """How often each parameter is used: its gradient is whole when so many have come (tied weights)."""
+def _count_users(root: Node) -> list[Sink]:
+    """How often each parameter is used: its gradient is whole when so many have come (tied weights). Gives the leaves that are no parameters."""
     seen: set[int] = set()
+    leaves: list[Sink] = []
     stack: list[Any] = [root]
     while stack:
         node = stack.pop()
         for edge, _ in node.edges:
             if isinstance(edge, Sink):
                 edge.users += 1
+                if edge.leaf is not None:
+                    leaves.append(edge)
             elif edge is not None and edge.sequence not in seen:
                 seen.add(edge.sequence)
                 stack.append(edge)
+    return leaves
 
 
 def _accumulate(tape: Tape, sink: Sink, grad: Storage) -> None:
