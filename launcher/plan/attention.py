@@ -54,12 +54,21 @@ def _masked(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, at: Heads
     return copy(tape, out) if at.heads_first else out
 
 
-def _plain(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, p: float) -> Tensor:
-    """aten's _scaled_dot_product_attention_math: everything in fp32, scores and all."""
+def _plain(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, p: float, *, positions: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """aten's _scaled_dot_product_attention_math, its output made contiguous by rows. `positions`: a bias in place of a mask."""
+    return copy(tape, _attend_in_fp32(tape, q, k, v, mask, at, p, positions))
+
+
+def _attend_in_fp32(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, p: float, positions: Tensor | None
+) -> Tensor:  # fmt: skip
+    """Scores and all."""
     bias = tape.new(mask.count, q.width) if mask is not None else None
     query, key, value = cast(tape, q, FP32), cast(tape, k, FP32), cast(tape, v, FP32)
     scaled = scale(tape, query)
-    if bias is None and at.causal:
+    if bias is None and positions is None and at.causal:
         lower = tape.new(at.queries * at.keys, 1)
         lower = tape.new(at.queries * at.keys, 1)
         bias = tape.new(at.queries * at.keys, FP32)
@@ -68,12 +77,29 @@ def _plain(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at:
     scores = _scores(tape, scaled, scale(tape, key), at)
     if bias is not None:
         scores = shift(tape, scores) if not tape.accumulates_in_place else scores
+    if positions is not None:
+        scores = _add_positions(tape, scores, positions)
     scores = pointwise_of_result(tape, scores)
     scores = dropout(tape, scores, p)
     unused = cast(tape, scores, q.width)
     out = cast(tape, _mix(tape, scores, value, at), q.width)
     del unused
-    return copy(tape, out)
+    return out
+
+
+def _add_positions(tape: Tape, scores: Tensor, bias: Tensor) -> Tensor:
+    """In place, but not under the dispatch mode that traces. A bias' gradient is summed in fp32 over the rows it is for, and cast."""
+    summed, own = bias.count * FP32, bias.count * bias.width
+    several, wanted = scores.count > bias.count, bias.node is not None
+
+    def run(grad: Storage) -> tuple[Storage, Storage | None]:
+        if not wanted:
+            return grad, None
+        whole = tape.make(summed) if several else grad
+        return grad, whole if own == summed else tape.make(own)
+
+    out = Tensor(scores.storage, scores.count, FP32) if tape.accumulates_in_place else tape.new(scores.count, FP32)
+    return tape.attach(out, run, scores, bias)
 
 
 def flash(tape: Tape, q: Tensor, k: Tensor, v: Tensor, at: Heads, *, workspace: bool) -> Tensor:
@@ -197,8 +223,9 @@ def _take_largest_off(tape: Tape, x: Tensor, rows: int) -> Tensor:
 
 def _scores(tape: Tape, q: Tensor, key: Tensor, at: Heads) -> Tensor:
     """matmul folds rows and heads into one dimension, for which what was transposed is copied; repeated keys are whole already."""
+    query = q if at.heads_first else copy(tape, q)
     folded = key if at.kv_heads != at.heads or at.heads_first else copy(tape, key)
-    return batched_matmul(tape, q if at.heads_first else copy(tape, q), folded, at.rows * at.heads * at.queries * at.keys)
+    return batched_matmul(tape, query, folded, at.rows * at.heads * at.queries * at.keys)
 
 
 def _mix(tape: Tape, weights: Tensor, value: Tensor, at: Heads) -> Tensor:
@@ -252,7 +279,7 @@ def biased_sdpa(
     """SDPA with a bias for every head, query and key, and what of it is not to be seen at its least (sdpa_attention.py, create_position_bias_mask)."""
     whole = _cover(tape, mask, bias, at, by_heads)
     if device == "cpu" and ((p and tape.training) or whole.node is not None):  # its fused kernel drops nothing, and gives a mask no gradient
-        return _plain(tape, q, k, v, whole, at, p)
+        return _plain(tape, q, k, v, None, at, p, positions=whole)
     padded, seeds = (32, 2) if device == "cuda" else (1, 0)
     if device == "cuda":
         whole = _spread(tape, whole, at)
