@@ -15,7 +15,7 @@ from typing import Any
 from launcher.plan.attention import Heads, biased_eager, biased_sdpa
 from launcher.plan.forward import Block, Pass
 from launcher.plan.inventory import Config
-from launcher.plan.inventory_others import depth_of_decoder
+from launcher.plan.inventory_others import depth_of_decoder, feed_forward
 from launcher.plan.linears import linear
 from launcher.plan.losses import chunked_loss, cross_entropy, liger_loss, project
 from launcher.plan.operators import (
@@ -36,9 +36,6 @@ from launcher.plan.operators import (
 )  # fmt: skip
 from launcher.plan.tape import LOGITS, Parameter, Sink, Tape, Tensor, checkpoint, counting_as
 from launcher.plan.workload import Workload, build_block
-
-PAIRS = frozenset({"t5", "mt5"})
-"""Model types with an encoder and a decoder whose forward and backward are told exactly here."""
 
 INT64 = 8
 
@@ -108,8 +105,9 @@ def _forward(run: Pass, model: Pair, rows: int) -> Tensor:
 
 
 def _scaled(run: Pass, states: Tensor) -> Tensor:
-    """T5 1.0 scales what its head is given; 1.1, which says that its head is not tied, does not."""
-    return scale(run.tape, states) if run.config.get("tie_word_embeddings", True) else states
+    """T5 1.0 scales what its head is given; 1.1, which says that its head is not tied, does not, nor does mT5."""
+    scales = run.config["model_type"] == "t5" and run.config.get("tie_word_embeddings") is not False
+    return scale(run.tape, states) if scales else states
 
 
 def _stack(run: Pass, model: Pair, stack: Stack, encoded: Tensor | None) -> Tensor:
@@ -318,7 +316,7 @@ def _gated(run: Pass, block: Block, place: str, hidden: Tensor) -> Tensor:
 
 
 def _activate(run: Pass, x: Tensor) -> Tensor:
-    told = run.config.get("feed_forward_proj") or ("gated-gelu" if run.config["model_type"] == "mt5" else "relu")
+    told = feed_forward(run.config)
     named = "gelu_new" if told == "gated-gelu" else told.rpartition("-")[2]
     if named in ("gelu_new", "gelu_fast"):
         return gelu_new(run.tape, x)

@@ -22,7 +22,7 @@ from launcher.plan.memory import Tracer, count_trainable, has_closed_form, hold_
 from launcher.plan.shape import ModelShape, load_shape, read_text_part
 from launcher.plan.solve import Choice, Floor, Predict, apply_changes, choose, describe_choice, make_candidates
 from launcher.plan.source import locate_model
-from launcher.plan.trainable import list_oddities, settle_attention, settle_packing
+from launcher.plan.trainable import check_pairs, list_oddities, settle_attention, settle_packing
 from launcher.recipe import Recipe
 from launcher.units import DTYPE_BYTES, format_bytes
 
@@ -154,6 +154,7 @@ def make_explained_plan(
     if tracer is not None and not shape.is_known:
         shape = tracer.count(shape)
     _check_length(recipe, shape)
+    check_pairs(recipe, shape)
     ranks = cluster.nodes * cluster.workers_per_node
     check_batch(global_batch_size=recipe.batch.global_batch_size, micro_batch_size=recipe.batch.micro_batch_size, ranks=ranks)
     trainable = count_trainable(recipe, shape)

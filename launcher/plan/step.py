@@ -11,10 +11,11 @@ from launcher.plan.classic import CLASSIC, ENCODERS, classic_layer, drop_embedde
 from launcher.plan.decoder import LATENT, NORM_STYLES, decoder_layer
 from launcher.plan.forward import Pass, layer_type, rotary_width, sliding_window
 from launcher.plan.inventory import Config
+from launcher.plan.inventory_others import PAIRS
 from launcher.plan.latent import widths
 from launcher.plan.losses import chunked_loss, cross_entropy, liger_loss, project
 from launcher.plan.operators import FP32, cast, embed, gather_rows, pointwise_of_result, rms_norm, scale
-from launcher.plan.pairs import PAIRS, build_pair, pair_loss
+from launcher.plan.pairs import build_pair, pair_loss
 from launcher.plan.shape import name_alike, read_text_part
 from launcher.plan.tape import CHECKPOINTS, LOGITS, Parameter, Sink, Tape, Tensor, backward, checkpoint, counting_as, drop_gradient
 from launcher.plan.workload import Workload, build_block

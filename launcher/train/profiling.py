@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from launcher.plan.forward import layer_type
-from launcher.plan.inventory_others import COUNTED
-from launcher.plan.pairs import PAIRS
+from launcher.plan.inventory_others import COUNTED, PAIRS
 from launcher.plan.profile import StepProfile
 from launcher.plan.shape import ModelShape, name_alike, read_text_part
 from launcher.plan.workload import Workload
@@ -134,7 +133,7 @@ def trace_layers(work: Workload, layers: int, *, keep_gradients: bool) -> Trace:
     )
 
 
-_CLASSES = {"t5": "AutoModelForSeq2SeqLM", "whisper": "AutoModelForSpeechSeq2Seq", "vit": "AutoModelForImageClassification", "clip": "AutoModel",
+_CLASSES = {"t5": "AutoModelForSeq2SeqLM", "mt5": "AutoModelForSeq2SeqLM", "whisper": "AutoModelForSpeechSeq2Seq", "vit": "AutoModelForImageClassification", "clip": "AutoModel",
             "qwen2_vl": "AutoModelForImageTextToText", "qwen2_5_vl": "AutoModelForImageTextToText"}  # fmt: skip
 _DEPTH = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer")
 
@@ -206,7 +205,7 @@ def _make_images_and_texts(work: Workload, config: Any) -> Batch:
 
 
 _BATCHES: dict[str, Callable[[Workload, Any], Batch]] = {
-    "t5": _make_pair, "whisper": _make_speech, "vit": _make_images, "clip": _make_images_and_texts,
+    "t5": _make_pair, "mt5": _make_pair, "whisper": _make_speech, "vit": _make_images, "clip": _make_images_and_texts,
 }  # fmt: skip
 
 
@@ -232,21 +231,24 @@ def _loss_of_pairs(model: Any, batch: Batch) -> torch.Tensor:
     return loss
 
 
-_LOSSES = {"t5": sum_pair_loss, "whisper": _loss_of_logits, "vit": _loss_of_logits, "clip": _loss_of_pairs}
+_LOSSES = {"t5": sum_pair_loss, "mt5": sum_pair_loss, "whisper": _loss_of_logits, "vit": _loss_of_logits, "clip": _loss_of_pairs}
 
 
 def _lay_method(model: Any, work: Workload) -> Any:
     method = work.method
     if method.trains == "some":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(method.trains_base(name, model.config.num_hidden_layers))
+            decodes = work.shape.model_type in PAIRS and name.startswith("decoder.")
+            depth = model.config.num_decoder_layers if decodes else model.config.num_hidden_layers
+            parameter.requires_grad_(method.trains_base(name, depth))
     if not method.r:
         return model
     from peft import LoraConfig, get_peft_model
 
     targets = method.target_modules
-    words = work.shape.config["model_type"] not in _CLASSES
-    lora = LoraConfig(task_type="CAUSAL_LM" if words else None, r=method.r, lora_dropout=method.dropout, use_dora=method.dora,
+    kind = work.shape.config["model_type"]
+    task = "SEQ_2_SEQ_LM" if kind in PAIRS else None if kind in _CLASSES else "CAUSAL_LM"
+    lora = LoraConfig(task_type=task, r=method.r, lora_dropout=method.dropout, use_dora=method.dora,
                       target_modules=targets if isinstance(targets, str) else list(targets))  # fmt: skip
     with torch.device("meta"):
         adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)

@@ -49,7 +49,7 @@ def find_quantised(model: PreTrainedModel) -> set[nn.Linear]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    spared = get_keys_to_not_convert(model)
+    spared = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
     return {module for name, module in model.named_modules() if type(module) is nn.Linear and should_convert_module(name, spared)}
 
 
