@@ -278,7 +278,9 @@ def biased_sdpa(
 ) -> Tensor:  # fmt: skip
     """SDPA with a bias for every head, query and key, and what of it is not to be seen at its least (sdpa_attention.py, create_position_bias_mask)."""
     whole = _cover(tape, mask, bias, at, by_heads)
-    if device == "cpu" and ((p and tape.training) or whole.node is not None):  # its fused kernel drops nothing, and gives a mask no gradient
+    if device == "cpu" and (
+        (p and tape.training) or whole.node is not None
+    ):  # its fused kernel drops nothing, and gives a mask no gradient
         return _plain(tape, q, k, v, None, at, p, positions=whole)
     padded, seeds = (32, 2) if device == "cuda" else (1, 0)
     if device == "cuda":

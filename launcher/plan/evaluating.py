@@ -39,7 +39,9 @@ def _profile_answering(work: Workload, recipe: Recipe) -> Evaluation:
     prompt = max(len(text.encode()) for text in recipe.evaluate.samples) + len((recipe.data.system_prompt or "").encode()) + TEMPLATE_TOKENS
     if work.shape.is_pair:
         row = replace(work, micro_batch_size=1, seq_len=prompt, target_len=1, loss_columns=1, packed=False)
-        return Evaluation(peak=profile_evaluation(row), cache=pair_cache_bytes(work.shape, prompt, recipe.evaluate.max_new_tokens, work.width))
+        return Evaluation(
+            peak=profile_evaluation(row), cache=pair_cache_bytes(work.shape, prompt, recipe.evaluate.max_new_tokens, work.width)
+        )
     longest = min(prompt + recipe.evaluate.max_new_tokens, max(1, work.shape.max_positions))
     attention = "sdpa" if work.attention == "flash_attention_2" else work.attention  # as a row, not as one stream of packs
     row = replace(work, micro_batch_size=1, seq_len=min(prompt, longest), loss_columns=1, packed=False, attention=attention)

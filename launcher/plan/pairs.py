@@ -74,7 +74,9 @@ def build_pair(work: Workload, config: Config, layers: int | None) -> Pair:
         ]
 
     def stack(name: str) -> Stack:
-        return Stack(blocks[name], outside[f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias"], outside[f"{name}.final_layer_norm"])
+        return Stack(
+            blocks[name], outside[f"{name}.block.0.layer.0.SelfAttention.relative_attention_bias"], outside[f"{name}.final_layer_norm"]
+        )
 
     return Pair(outside["shared"], stack("encoder"), stack("decoder"), outside.get("lm_head", outside["shared"]))
 

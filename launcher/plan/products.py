@@ -43,7 +43,11 @@ def count_products(work: Workload) -> int:
                 continue
             n_in, n_out = weight.fan
             rows = columns if head else tokens
-            if shape.is_pair and block.prefix.startswith("decoder.") and not weight.name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight")):
+            if (
+                shape.is_pair
+                and block.prefix.startswith("decoder.")
+                and not weight.name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))
+            ):
                 rows = columns  # a target's
             names = [block.prefix.format(layer) + weight.name for layer in block.layers or (0,)]
             trained = any(method.trains_base(name, shape.depth_of(name)) for name in names)

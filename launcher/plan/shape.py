@@ -71,6 +71,11 @@ class ModelShape:
         """Whether it is an encoder-decoder that is trained on pairs of a source and a target."""
         return self.model_type in PAIRS
 
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that builds what the launcher trains."""
+        return "AutoModelForSeq2SeqLM" if self.is_pair else "AutoModelForCausalLM"
+
     def depth_of(self, name: str) -> int:
         """Layers of the stack that a parameter of this name is in."""
         return depth_of_decoder(self.config) if self.is_pair and name.startswith("decoder.") else self.num_layers
@@ -251,11 +256,13 @@ def shape_of_config(whole: dict[str, Any], path: Path) -> ModelShape:
         num_kv_heads=need("num_key_value_heads", otherwise=heads),
         head_dim=need("head_dim", "d_kv", otherwise=width or hidden // heads),
         vocab_size=need("vocab_size", otherwise=1 if sees else None),
-        max_positions=need(
-            "max_position_embeddings", "n_positions", "max_target_positions", otherwise=1 if sees else None
-        ) if kind not in PAIRS else UNBOUNDED,
+        max_positions=need("max_position_embeddings", "n_positions", "max_target_positions", otherwise=1 if sees else None)
+        if kind not in PAIRS
+        else UNBOUNDED,
         tied_embeddings=bool(config.get("tie_word_embeddings", kind in TIED_UNLESS_TOLD)),
-        gated_mlp=is_gated(config) if kind in PAIRS else kind not in ("gpt2", "opt", "gpt_neox", "phi", "starcoder2", "bert", "roberta", "whisper", "vit", "clip"),
+        gated_mlp=is_gated(config)
+        if kind in PAIRS
+        else kind not in ("gpt2", "opt", "gpt_neox", "phi", "starcoder2", "bert", "roberta", "whisper", "vit", "clip"),
         has_chat_template=_has_chat_template(path.parent),
         config=kept,
     )

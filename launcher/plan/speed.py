@@ -171,7 +171,9 @@ def _pair_flops(shape: ModelShape, source: int, target: int) -> float:
     flops, width = 0.0, shape.num_heads * shape.head_dim
     for block in shape.inventory:
         for weight in block.weights:
-            reads_source = block.prefix.startswith("encoder.") or weight.name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))
+            reads_source = block.prefix.startswith("encoder.") or weight.name.endswith(
+                ("EncDecAttention.k.weight", "EncDecAttention.v.weight")
+            )
             flops += 2.0 * weight.count * block.repeats * (source if reads_source else target) if weight.matrix else 0.0
     if shape.tied_embeddings:
         flops += 2.0 * shape.vocab_size * shape.hidden_size * target
@@ -190,16 +192,16 @@ def _time_micro_step(recipe: Recipe, shape: ModelShape, layout: Layout, device: 
     seq_len, width, ranks = recipe.data.seq_len, DTYPE_BYTES[layout.dtype], layout.world_size
     target_len = find_target_len(recipe, shape)
     learned = target_len / (seq_len + target_len) if target_len else 1.0  # of the tokens have logits
-    flops = _flops_a_token(recipe, shape, seq_len, trained) + layout.gradient_checkpointing * _forward_flops(
-        shape, seq_len, target_len
-    )
+    flops = _flops_a_token(recipe, shape, seq_len, trained) + layout.gradient_checkpointing * _forward_flops(shape, seq_len, target_len)
     share = 1.0  # a CPU's rate is what its products reach
     if layout.accelerator == "cuda":
         share = MATMUL_SHARE * tokens / (tokens + SMALL_TOKENS) * shape.hidden_size / (shape.hidden_size + SMALL_WIDTH)
     passes = 3 if layout.gradient_checkpointing else 2
     # Norms, activations and residuals are read and written a few times each; logits in fp32.
     moved = (
-        1.0 * tokens * (shape.num_layers * passes * width * (10 * shape.hidden_size + 3 * shape.intermediate_size) + 30 * learned * shape.vocab_size)
+        1.0
+        * tokens
+        * (shape.num_layers * passes * width * (10 * shape.hidden_size + 3 * shape.intermediate_size) + 30 * learned * shape.vocab_size)
     )
     if layout.loss == "chunked":  # its logits are made once more in the backward pass
         flops += 2.0 * shape.hidden_size * shape.vocab_size

@@ -53,6 +53,17 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def find_start_id(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """What an encoder-decoder's decoder is given before its first token; None for any other model.
+
+    Where config.json does not say, it is padding, as T5 and mT5 were trained (transformers, model_doc/t5).
+    """
+    if not plan.shape.is_pair:
+        return None
+    told = plan.shape.config.get("decoder_start_token_id")
+    return int(tokenizer.pad_token_id if told is None else told)
+
+
 def prepare_weights(plan: Plan) -> None:
     """Do what one process a node must do before the others load: turn a GGUF file into safetensors, once."""
     source = locate_model(plan.recipe.model.name_or_path, plan.base_dir)
@@ -129,7 +140,7 @@ def load_base(plan: Plan, device: str, *, dense: bool = False) -> PreTrainedMode
 
     Raises ModelError where the folder's weights do not fill the model: a fresh random layer is never trained on unsaid.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     recipe, layout = plan.recipe, plan.layout
     dtype = TORCH_DTYPE[layout.dtype]
@@ -148,7 +159,8 @@ def load_base(plan: Plan, device: str, *, dense: bool = False) -> PreTrainedMode
         options["device_map"] = {"": "cpu" if sharded_later else device}
     try:
         with nullcontext() if sharded_later else starting_sharded(plan):
-            model, loading = AutoModelForCausalLM.from_pretrained(weights_path(plan), output_loading_info=True, **options)
+            made = getattr(transformers, plan.shape.auto_class)
+            model, loading = made.from_pretrained(weights_path(plan), output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{recipe.model.name_or_path} does not load: {_first_line(error)}", "check the folder, the revision and model.trust_remote_code"

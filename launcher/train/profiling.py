@@ -89,6 +89,9 @@ def _quiet() -> Iterator[None]:
 def find_depths(shape: ModelShape) -> tuple[int, int]:
     """The two depths whose difference is one period of the layers' pattern; the whole model's twice where it is not deeper."""
     config, total = name_alike(read_text_part(shape.config)), shape.num_layers
+    if shape.is_pair and shape.total_layers != 2 * total:  # two stacks, of which one ends before the other
+        deepest = max(total, shape.total_layers - total)
+        return deepest, deepest
     signs: list[Any] = [
         (tuple(index for index, block in enumerate(shape.inventory) if layer in block.layers), _kind_of(config, layer))
         for layer in range(total)
@@ -161,7 +164,7 @@ def _cut(config: Any, layers: int) -> None:
     facts = config.to_dict()
     for name in _DEPTH:
         if isinstance(facts.get(name), int):
-            setattr(config, name, layers)
+            setattr(config, name, min(facts[name], layers))
     if isinstance(facts.get("layer_types"), list):
         config.layer_types = config.layer_types[:layers]
 

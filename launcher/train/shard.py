@@ -65,12 +65,13 @@ def round_as_quantised(linear: nn.Linear, quantization: BitsAndBytesConfig, devi
     linear.weight = nn.Parameter(dense.to(weight.device, weight.dtype), requires_grad=False)
 
 
-def find_decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The list of transformer layers: the longest ModuleList."""
+def find_decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer layers: those of the longest ModuleList, and of an encoder-decoder's other stack."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     if not lists:
         raise ModelError(f"{type(model).__name__} has no list of layers", "set parallel.leaf_modules to false")
-    return max(lists, key=len)
+    longest = max(lists, key=len)
+    return [layer for layers in lists if type(layers[0]) is type(longest[0]) for layer in layers]
 
 
 def quantise_linear(linear: nn.Linear, quantization: Any, device: str) -> Any:
