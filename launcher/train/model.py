@@ -18,7 +18,7 @@ from launcher.plan import Plan
 from launcher.plan.source import ModelSource, locate_model
 from launcher.recipe import QLora
 from launcher.run import cache_dir
-from launcher.train.shard import quantise_and_shard
+from launcher.train.shard import shard_by_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -152,7 +152,9 @@ def load_base(plan: Plan, device: str, *, dense: bool = False) -> PreTrainedMode
         "use_safetensors": True,
     }
     quantization = make_quantization(recipe.method, dtype) if isinstance(recipe.method, QLora) and not dense else None
-    sharded_later = quantization is not None and layout.zero_init
+    # To know whether a T5's head is its embedding, transformers 5.23 compares them, and two parameters that are sharded already look the same.
+    compares = plan.shape.is_pair and not plan.shape.tied_embeddings
+    sharded_later = layout.zero_init and (quantization is not None or compares)
     if quantization is not None and not sharded_later:
         options["quantization_config"] = quantization
     if sharded_later or not layout.zero_init:
@@ -172,7 +174,7 @@ def load_base(plan: Plan, device: str, *, dense: bool = False) -> PreTrainedMode
             "the download is incomplete, or it is not a language model",
         )
     if sharded_later:
-        model = quantise_and_shard(model, plan, quantization, device)
+        model = shard_by_layer(model, plan, quantization, device)
     if quantization is not None:
         _keep_packing(model)
     return model

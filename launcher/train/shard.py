@@ -1,4 +1,4 @@
-"""A quantised model under ZeRO-3, quantised and sharded layer by layer: no rank ever holds all of it.
+"""A model under ZeRO-3 that is sharded after it was loaded, layer by layer, and quantised before: no rank ever holds all of it.
 
 transformers quantises only while it loads, and cannot do so under zero.Init: each rank would hold the whole quantised model before
 DeepSpeed shards it, 206 GiB of Llama-3.1-405B. Here the weights stay in their mapped files until their layer's turn comes.
@@ -18,23 +18,26 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-def quantise_and_shard(model: PreTrainedModel, plan: Plan, quantization: BitsAndBytesConfig, device: str) -> PreTrainedModel:
-    """The model in `quantization`'s 4 or 8 bits, a rank's part of each parameter on the device. It comes on the CPU, in 16 or 32 bits.
+def shard_by_layer(model: PreTrainedModel, plan: Plan, quantization: BitsAndBytesConfig | None, device: str) -> PreTrainedModel:
+    """The model in `quantization`'s 4 or 8 bits (None: as it is), a rank's part of each parameter on the device. It comes on the CPU, in 16
+    or 32 bits.
 
     Every rank must call it: DeepSpeed spreads rank 0's weights.
     """
     import deepspeed
 
-    wanted = find_quantised(model)
+    wanted = set() if quantization is None else find_quantised(model)
     for layer in [*find_decoder_layers(model), model]:
         for parent in layer.modules():
             for child_name, child in list(parent.named_children()):
-                if child in wanted:
+                if quantization is not None and child in wanted:
                     setattr(parent, child_name, quantise_linear(child, quantization, device))
         deepspeed.zero.Init(module=layer, config_dict_or_path=dict(plan.deepspeed))  # moves what is left to the device, and shards
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+    if quantization is None:
+        return model
     # What transformers would have set: peft asks for the first, an export reads the second.
     if quantization.load_in_4bit:
         model.is_loaded_in_4bit = True
