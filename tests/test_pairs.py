@@ -111,7 +111,15 @@ def test_every_combination(kind: str, changes: dict[str, Any]) -> None:
         (FULL, LORA, DROPPED, ATTENTION, FREEZE), ("on", "off"), ("plain", "chunked"), ("sdpa", "eager"), (False, True), (2, 4), ("cuda", "cpu"),
         (True, False),
     ):  # fmt: skip
-        facts = {"method": method, "checkpointing": checkpointing, "loss": loss, "attention": attention, "packed": packed, "width": width, "device": device}
+        facts = {
+            "method": method,
+            "checkpointing": checkpointing,
+            "loss": loss,
+            "attention": attention,
+            "packed": packed,
+            "width": width,
+            "device": device,
+        }
         assert_equal(workload(kind, changes, **facts), keep=keep)
         compared += 1
     assert compared == 640

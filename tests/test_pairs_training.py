@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from measure import measure_training
 from ranks import Ranks, evaluations, fine_tune, losses
+from test_states import phases_of, plan_again, steady, tensors
 from tiny import plan_tiny, write_pair_model, write_pairs
 
+from launcher.plan import Plan
 from launcher.run import Event
 
 FLAN = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+BATCH = {"global_batch_size": 8, "micro_batch_size": 4}
 METHODS: dict[str, dict[str, Any]] = {"full": {"kind": "full"}, "lora": {"kind": "lora", "r": 8}, "qlora": {"kind": "qlora", "r": 8}}
 
 
@@ -20,15 +24,22 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("pairs")
     write_pair_model(folder / "model")
     write_pair_model(folder / "flan", **FLAN)
+    write_pair_model(folder / "dropping", dropout_rate=0.1)
     write_pairs(folder / "train.jsonl", 200, seed=1)
     write_pairs(folder / "eval.jsonl", 20, seed=2)
     return folder
 
 
-def tune(ranks: Ranks, folder: Path, run_dir: Path, model: str = "model", **sections: Any) -> list[Event]:
+def plan_pairs(folder: Path, run_dir: Path, *, ranks: int, **sections: Any) -> Plan:
     data = {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl"), "seq_len": 32, "target_len": 24}
-    base = {"model": {"name_or_path": str(folder / model)}, "data": data}
-    events: list[Event] = ranks.run(fine_tune, plan_tiny(folder, run_dir, ranks=ranks.size, **(base | sections)))[0]
+    base: dict[str, Any] = {"data": data}
+    return plan_tiny(folder, run_dir, ranks=ranks, **(base | sections))
+
+
+def tune(ranks: Ranks, folder: Path, run_dir: Path, model: str = "model", **sections: Any) -> list[Event]:
+    events: list[Event] = ranks.run(
+        fine_tune, plan_pairs(folder, run_dir, ranks=ranks.size, model={"name_or_path": str(folder / model)}, **sections)
+    )[0]
     return events
 
 
@@ -43,3 +54,23 @@ def test_stages_agree(method: str, model: str, two_ranks: Ranks, pairs: Path, tm
         assert evaluations(events, "after")[0] < evaluations(events, "before")[0]
         found.append(losses(events) + evaluations(events, "after"))
     assert found[0] == pytest.approx(found[1], abs=1e-5)
+
+
+@pytest.mark.parametrize("checkpointing", [True, False], ids=["recompute", "keep"])
+@pytest.mark.parametrize(
+    ("model", "method", "stage", "dtype"),
+    [("dropping", "full", 0, "fp32"), ("dropping", "full", 2, "bf16"), ("flan", "full", 2, "bf16"), ("flan", "lora", 1, "fp32"), ("dropping", "lora", 3, "bf16")],
+)  # fmt: skip
+def test_what_it_holds_is_what_was_planned(
+    model: str, method: str, stage: int, dtype: str, checkpointing: bool, two_ranks: Ranks, pairs: Path, tmp_path: Path
+) -> None:
+    """Every tensor after a step, and the most that is live in one, activations and gradients and all."""
+    plan = plan_pairs(pairs, tmp_path / "run", ranks=2, data={"train": "t.jsonl", "seq_len": 96, "target_len": 64}, batch=BATCH,
+                      model={"name_or_path": str(pairs / model), "dtype": dtype}, method=METHODS[method], parallel={"zero_stage": stage},
+                      memory={"gradient_checkpointing": checkpointing})  # fmt: skip
+    plan = plan_again(plan) if stage == 3 else plan
+    found = max(two_ranks.run(measure_training, plan), key=lambda answer: answer["after"]["step 2"])
+    assert steady(plan) == pytest.approx(found["after"]["step 2"], rel=2e-3)
+    told = max(tensors(phases_of(plan)[name]) for name in ("forward", "loss", "backward", "reduce"))
+    seen = max(found["peaks"][name] for name in ("forward 2", "backward 2", "forward 3", "backward 3"))
+    assert told == pytest.approx(seen, rel=0.03), told / seen - 1
