@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_trainable import notes_of, plan_of
+from test_trainable import notes_of, plan_of, recipe_of
 from tiny import CHATML, build_tokenizer
 
 from launcher.errors import DataError, RecipeError
@@ -116,6 +116,17 @@ def test_what_is_no_pair_is_refused(tmp_path: Path) -> None:
 def test_what_does_not_go_with_the_model_is_told_from_the_recipe(model: str, data: dict[str, Any], key: str) -> None:
     with pytest.raises(RecipeError, match=rf"data\.{key}"):
         plan_of(model, data={"train": "t.jsonl", "seq_len": 64} | data)
+
+
+def test_no_t5_is_put_into_fp16_unasked() -> None:
+    from launcher.plan.devices import find_device, make_cluster
+    from launcher.plan.plan import make_plan
+
+    t4 = make_cluster(find_device("t4"), nodes=1, gpus_per_node=1)
+    plan = make_plan(recipe_of(T5), t4, base_dir=".", run_dir="/runs/p")
+    assert plan.layout.dtype == "fp32" and "may overflow in fp16" in notes_of(plan)
+    asked = make_plan(recipe_of(T5, model={"name_or_path": T5, "dtype": "fp16"}), t4, base_dir=".", run_dir="/runs/p")
+    assert asked.layout.dtype == "fp16" and "fp32 is safe" in notes_of(asked)
 
 
 def test_what_a_recipe_leaves_out_is_said() -> None:

@@ -148,6 +148,16 @@ def settle_packing(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> tuple
     return settled, [f"packing: off, because {why}"] if leaks else []
 
 
+def settle_dtype(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> tuple[Recipe, list[str]]:
+    """The recipe in fp32 where the usual choice would be fp16 and the model is no good in it, and why."""
+    if recipe.model.dtype != "auto" or not shape.is_pair or cluster.accelerator != "cuda" or cluster.bf16:
+        return recipe, []
+    settled = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "fp32"})})
+    return settled, [
+        f"dtype: fp32, because a {shape.model_type}'s MLPs may overflow in fp16 and a {cluster.device_name or 'GPU'} has no bf16"
+    ]
+
+
 def _takes_flash(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> bool:
     """Whether attention is flash attention 2's, once the plan has chosen it."""
     wanted, refused = recipe.model.attn_implementation, REFUSED.get(shape.model_type, frozenset())
