@@ -13,7 +13,6 @@ import pytest
 import transformers
 from test_referee import DROPPED, FREEZE, FULL, LORA, OnHost
 
-from launcher.plan.inventory_others import PAIRS
 from launcher.plan.shape import ModelShape, shape_of_config
 from launcher.plan.step import run_step
 from launcher.plan.workload import MethodFacts, Workload
@@ -102,8 +101,11 @@ def test_checkpoints_on_the_host(method: MethodFacts, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("changes", [OLD, NEW, WIDE, NEW | WIDE], ids=["t5", "flan", "t5-wide", "flan-wide"])
-@pytest.mark.parametrize("kind", sorted(PAIRS))
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("t5", OLD), ("t5", NEW), ("t5", WIDE), ("t5", NEW | WIDE), ("mt5", WIDE)],
+    ids=["t5", "flan", "t5-wide", "flan-wide", "mt5"],
+)
 def test_every_combination(kind: str, changes: dict[str, Any]) -> None:
     """Method × checkpointing × loss × attention × padding × precision × device × gradients."""
     compared = 0

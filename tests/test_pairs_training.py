@@ -107,3 +107,51 @@ def test_what_it_makes_is_loaded_asked_and_merged(method: str, stage: int, two_r
     if method != "full":
         plain = AutoModelForSeq2SeqLM.from_pretrained(merge_run(folder, tmp_path / "merged"))
         assert torch.allclose(model(**given).logits, plain(**given).logits, atol=1e-4)
+
+
+def losses_of_hf_trainer(me: Any, plan: Plan) -> list[float]:
+    """Job: the plan's batches, in the plan's order, through transformers.Trainer on this one rank, which takes T5's own loss."""
+    from transformers import Trainer, TrainingArguments
+
+    from launcher.run import cache_dir
+    from launcher.train.data import load_samples, open_steps
+    from launcher.train.methods import apply_method
+    from launcher.train.model import find_start_id, load_base, load_tokenizer
+    from launcher.train.optim import make_lr_schedule, make_param_groups
+
+    recipe, batch, steps, tokenizer = plan.recipe, plan.batch, plan.recipe.schedule.max_steps, load_tokenizer(plan)
+    assert steps is not None and batch.gradient_accumulation_steps == 1, "T5's loss is a mean over a micro-batch"
+    samples = load_samples(recipe.data, "train", tokenizer, base_dir=plan.base_dir, seed=recipe.seed, cache_dir=cache_dir(),
+                           start_id=find_start_id(plan, tokenizer))  # fmt: skip
+    opened = open_steps(samples, global_batch_size=batch.global_batch_size, micro_batch_size=batch.micro_batch_size, rank=0, world_size=1,
+                        seed=recipe.seed, total_samples=steps * batch.global_batch_size)  # fmt: skip
+    micro_batches = [micro for step in opened for micro in step.micro_batches]
+    for micro in micro_batches:
+        del micro["decoder_input_ids"]  # T5 makes its own of the labels
+
+    class InOrder(Trainer):  # type: ignore[misc]
+        def get_train_dataloader(self) -> Any:
+            return torch.utils.data.DataLoader(micro_batches, batch_size=None)
+
+    model = apply_method(load_base(plan, "cpu"), plan)
+    optimizer = torch.optim.AdamW(make_param_groups(model, recipe.optim.weight_decay), lr=recipe.optim.lr)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, make_lr_schedule(recipe.schedule, 1.0, steps))
+    arguments = TrainingArguments(output_dir=f"{plan.run_dir}/hf", use_cpu=True, max_steps=steps, per_device_train_batch_size=batch.micro_batch_size,
+                                  max_grad_norm=recipe.optim.max_grad_norm, logging_steps=1, save_strategy="no", report_to=[], disable_tqdm=True,
+                                  seed=recipe.seed, logging_nan_inf_filter=False)  # fmt: skip
+    trainer = InOrder(model=model, args=arguments, optimizers=(optimizer, schedule))
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_losses_equal_those_of_hf_trainer(method: str, one_rank: Ranks, pairs: Path, tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "method": METHODS[method],
+        "schedule": {"max_steps": 6},
+        "batch": {"global_batch_size": 4, "micro_batch_size": 4},
+    }
+    ours = losses(one_rank.run(fine_tune, plan_pairs(pairs, tmp_path / "ours", ranks=1, **sections))[0])
+    theirs = one_rank.run(losses_of_hf_trainer, plan_pairs(pairs, tmp_path / "hf", ranks=1, **sections))[0]
+    assert len(theirs) == 6
+    assert ours == pytest.approx(theirs, abs=1e-4)
