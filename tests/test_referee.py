@@ -70,7 +70,7 @@ def assert_equal(kind: str, work: Workload, *, layers: int = 2, keep: bool = Tru
     tape = run_step(work, keep_gradients=keep, accumulates_in_place=False, round_to=512)
     peaks = {phase: peak for phase, (peak, _) in tape.peaks.items()}
     found = {"forward": max(peaks["forward"], peaks["loss"]), "backward": max(peaks["loss backward"], peaks.get("backward", 0))}
-    assert found == {phase: traced.peaks[phase] for phase in found}
+    assert found == {phase: traced.peaks[phase] for phase in found}, (kind, layers, changes, work)
 
 
 @pytest.mark.parametrize("rows", [1, 3, 6])

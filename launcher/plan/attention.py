@@ -150,11 +150,13 @@ def _backward_workspace(at: Heads, width: int) -> int:
 
 
 def repeat_kv(tape: Tape, x: Tensor, at: Heads) -> Tensor:
-    """Keys or values for every head: a copy, whose gradient is summed over the group."""
+    """Keys or values for every head: a copy, or of a single one a view; its gradient is summed over the group."""
     if at.kv_heads == at.heads:
         return x
-    size = x.count * x.width
-    return tape.record(x.count // at.kv_heads * at.heads, x.width, lambda grad: (tape.make(size),), x)
+    size, count = x.count * x.width, x.count // at.kv_heads * at.heads
+    if at.kv_heads == 1:
+        return tape.attach(Tensor(x.storage, count, x.width), lambda grad: (tape.make(size),), x)
+    return tape.record(count, x.width, lambda grad: (tape.make(size),), x)
 
 
 def eager(
@@ -164,7 +166,9 @@ def eager(
     key, value = repeat_kv(tape, k, at), repeat_kv(tape, v, at)
     scores = scale(tape, _scores(tape, q, key, at))
     if softcap:
-        scores = scale(tape, pointwise_of_result(tape, scale(tape, scores)))
+        scores = scale(tape, scores)
+        scores = pointwise_of_result(tape, scores)
+        scores = scale(tape, scores)
     if mask is not None:
         scores = shift(tape, scores)
     weights = cast(tape, pointwise_of_result(tape, cast(tape, scores, FP32 if wide else scores.width)), q.width)
@@ -190,7 +194,7 @@ def eager_with_sinks(
     weights = pointwise_of_result(tape, joined)
     chosen = part(tape, weights, scores.count)
     scores = chosen
-    out = copy(tape, batched_matmul(tape, chosen, value if at.kv_heads != at.heads else copy(tape, value), rows * at.value_width))
+    out = copy(tape, batched_matmul(tape, chosen, _fold(tape, value, at, at.kv_heads), rows * at.value_width))
     return out, weights
 
 
@@ -205,11 +209,13 @@ def _take_largest_off(tape: Tape, x: Tensor, rows: int) -> Tensor:
     size = x.count * x.width
     values, places = tape.new(rows, x.width), tape.new(rows, 8)
     kept = tape.save(places) if x.node is not None else None
+    del places
 
     def run(grad: Storage) -> tuple[Storage]:
         assert kept is not None
         kept.fetch()
-        return (tape.make(size),)
+        zeros = tape.make(size)  # the gradient is put into them; under the dispatch mode that traces, into a copy
+        return (zeros if tape.accumulates_in_place else tape.make(size),)
 
     largest = tape.attach(values, run, x)
     small = rows * x.width
@@ -222,15 +228,19 @@ def _take_largest_off(tape: Tape, x: Tensor, rows: int) -> Tensor:
 
 
 def _scores(tape: Tape, q: Tensor, key: Tensor, at: Heads) -> Tensor:
-    """matmul folds rows and heads into one dimension, for which what was transposed is copied; repeated keys are whole already."""
-    query = q if at.heads_first else copy(tape, q)
-    folded = key if at.kv_heads != at.heads or at.heads_first else copy(tape, key)
+    query = q if at.heads_first else _fold(tape, q, at, at.heads)
+    folded = key if at.heads_first and at.kv_heads == at.heads else _fold(tape, key, at, at.kv_heads)
     return batched_matmul(tape, query, folded, at.rows * at.heads * at.queries * at.keys)
 
 
 def _mix(tape: Tape, weights: Tensor, value: Tensor, at: Heads) -> Tensor:
-    folded = value if at.kv_heads != at.heads else copy(tape, value)
-    return batched_matmul(tape, weights, folded, at.rows * at.queries * at.heads * at.value_width)
+    return batched_matmul(tape, weights, _fold(tape, value, at, at.kv_heads), at.rows * at.queries * at.heads * at.value_width)
+
+
+def _fold(tape: Tape, x: Tensor, at: Heads, heads: int) -> Tensor:
+    """matmul folds rows and heads into one dimension: several rows of what was transposed are copied for it, and of one head seen by all.
+    What was repeated is whole already."""
+    return x if at.rows == 1 or 1 < heads < at.heads else copy(tape, x)
 
 
 def batched_matmul(tape: Tape, a: Tensor, b: Tensor, count: int) -> Tensor:

@@ -262,7 +262,8 @@ def _phi(c: Config) -> Inventory:
         width = hidden // c["num_attention_heads"]
         layer += (*vector("self_attn.q_layernorm", width, True), *vector("self_attn.k_layernorm", width, True))
     return (Block("model.", table("embed_tokens", vocab, hidden)), Block("model.layers.{}.", layer, tuple(range(c["num_hidden_layers"]))),
-            Block("model.", vector("final_layernorm", hidden, True)), Block("", linear("lm_head", hidden, vocab, True)))  # fmt: skip
+            Block("model.", vector("final_layernorm", hidden, True)),
+            Block("", linear("lm_head", hidden, vocab, True)[1 if tied(c) else 0 :]))  # fmt: skip
 
 
 def _conv1d(name: str, n_in: int, n_out: int) -> tuple[Weight, ...]:

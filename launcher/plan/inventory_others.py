@@ -60,7 +60,7 @@ def _bert(c: Config) -> Inventory:
     if pooled:
         blocks.append(Block(root, linear("pooler.dense", hidden, hidden, True)))
     if head in ("MaskedLM", "LMHead", "PreTraining", "CausalLM"):
-        decoder = () if tied(c) else (Weight("decoder.weight", (vocab, hidden), "linear"),)
+        decoder = () if tied(c) else linear("decoder", hidden, vocab, True)  # with a bias of its own, the other is not used then
         if kind == "bert":
             transform = (*linear("transform.dense", hidden, hidden, True), *vector("transform.LayerNorm", hidden, True))
             blocks.append(Block("cls.predictions.", (Weight("bias", (vocab,)), *transform, *decoder)))

@@ -168,7 +168,7 @@ def _make_masks(run: Pass) -> dict[str, Tensor | None]:
         window = {"sliding_attention": sliding_window(config), "chunked_attention": config.get("attention_chunk_size")}.get(kind)
         if kind == "sliding_attention" and config["model_type"] == "qwen2_moe" and not config.get("use_sliding_window"):
             window = 0  # its configuration says so, and a mask is made that no layer uses
-        slides = window is not None and work.seq_len > window
+        slides = window is not None and work.seq_len >= window
         packed = work.packed and config["model_type"] not in BLIND_TO_PACKS
         if work.attention == "flash_attention_2" or (work.attention == "sdpa" and not packed and not slides):
             masks[kind] = None
