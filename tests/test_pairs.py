@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from contextlib import nullcontext
 from dataclasses import replace
 from itertools import product
@@ -98,6 +99,45 @@ def test_checkpoints_on_the_host(method: MethodFacts, monkeypatch: pytest.Monkey
     monkeypatch.setattr(transformers.modeling_utils, "save_on_cpu", OnHost)
     for packed in (False, True):
         assert_equal(workload("t5", WIDE, method=method, checkpointing="offload", packed=packed))
+
+
+def draw(rng: random.Random) -> tuple[Workload, bool]:
+    """A T5 and its batch, drawn at random; also lengths that no kernel's tile divides (of one row alone its bias' gradient is then bounded only).
+    Whether gradients stay is drawn too."""
+    sizes: dict[str, Any] = {
+        "num_heads": rng.choice([1, 2, 4, 6]), "d_kv": rng.choice([8, 16, 24]), "d_model": rng.choice([32, 64, 96]), "d_ff": rng.choice([56, 96, 256]),
+        "vocab_size": rng.choice([24, 131, 1000]), "num_layers": rng.choice([1, 2, 3]), "num_decoder_layers": rng.choice([1, 2, 2, 3]),
+        "dropout_rate": rng.choice([0.0, 0.1]), "feed_forward_proj": rng.choice(["relu", "gated-gelu", "gated-silu"]),
+        "tie_word_embeddings": rng.choice([True, False]),
+    }  # fmt: skip
+    rows = rng.choice([1, 2, 3, 7])
+    source, target = (
+        rng.choice(lengths) for lengths in (([16, 64, 256], [16, 48, 112]) if rows == 1 else ([2, 17, 64, 100, 255], [2, 9, 33, 48, 100]))
+    )
+    facts = {
+        "method": rng.choice([FULL, LORA, DROPPED, FREEZE, ATTENTION, replace(LORA, dora=True)]), "width": rng.choice([2, 2, 4]),
+        "attention": rng.choice(["sdpa", "sdpa", "eager"]), "checkpointing": rng.choice(["on", "off"]), "device": rng.choice(["cuda", "cuda", "cpu"]),
+        "loss": rng.choice(["plain", "plain", "chunked"]), "packed": rng.random() < 0.5, "micro_batch_size": rows,
+        "seq_len": source, "target_len": target, "loss_columns": target,
+    }  # fmt: skip
+    return workload(rng.choice(["t5", "mt5"]), sizes, **facts), rng.random() < 0.5
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_what_is_drawn_at_random(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(30):
+        work, keep = draw(rng)
+        assert_equal(work, keep=keep)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(100, 110))
+def test_much_that_is_drawn_at_random(seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(200):
+        work, keep = draw(rng)
+        assert_equal(work, keep=keep)
 
 
 @pytest.mark.long

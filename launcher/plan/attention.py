@@ -122,7 +122,8 @@ def _kernel(
     sizes = tuple((t.count * t.width, t.node is not None) for t in (q, k, v))
     del sums, rest
     extra = _backward_workspace(at, q.width) if workspace else 0
-    # A bias' gradient has rows of a multiple of 16, and one for each of the batch.
+    # A bias' gradient has rows of a multiple of 16, and one for each of the batch. (Of one row alone it stays so wide, up to 15 columns too many,
+    # until it is added to another: counted to the end here.)
     spread = at.rows * at.heads * at.queries * (-(-at.keys // 16) * 16) * q.width if bias is not None and bias.node is not None else 0
     has_bias = bias is not None
 
@@ -307,7 +308,7 @@ def _spread(tape: Tape, bias: Tensor, at: Heads) -> Tensor:
 
 def _cover(tape: Tape, mask: Tensor | None, bias: Tensor, at: Heads, by_heads: bool) -> Tensor:
     """The bias where it is seen, laid out head by head."""
-    if mask is None and not at.causal:
+    if mask is None and not (at.causal and at.queries > 1):
         return bias if by_heads else copy(tape, bias)
     seen = mask
     if seen is None:

@@ -218,7 +218,7 @@ def _attention(
     own = bias if bias is not None else _make_bias(run, table, queries, keys, causal)
     at = Heads(rows=work.micro_batch_size, queries=queries, keys=keys, heads=config["num_heads"], kv_heads=config["num_heads"],
                width=config["d_kv"], value_width=config["d_kv"], causal=causal)  # fmt: skip
-    lies_by_heads = encoded is not None  # zeros do; what comes of a table lies position by position
+    lies_by_heads = encoded is not None or at.heads == 1  # zeros do; what comes of a table lies position by position
     weights: Tensor | None = None
     if work.attention == "eager":
         mixed, weights = biased_eager(tape, query, key, value, mask, own, at, p=_rate(config))
