@@ -48,7 +48,7 @@ def gather(work: Workload, sharding: Sharding) -> Gathered:
 def sizes_of(work: Workload, sharding: Sharding) -> tuple[list[tuple[int, int]], tuple[int, int], tuple[int, int], int]:
     """Bytes and elements of each layer, of the head, of the embedding; the largest parameter's bytes. Small parameters are whole anyway."""
     shape, method = work.shape, work.method
-    by_layer: dict[int, tuple[int, int]] = {}
+    by_layer: dict[tuple[bool, int], tuple[int, int]] = {}
     head = embedding = (0, 0)
     largest = 0
     for block in shape.inventory:
@@ -66,8 +66,8 @@ def sizes_of(work: Workload, sharding: Sharding) -> tuple[list[tuple[int, int]],
             largest = max(largest, its_bytes)
             if not block.layers and is_head(block.prefix, weight):
                 head = (its_bytes, weight.count)
-            elif not block.layers and "embed" in weight.name:
+            elif not block.layers and ("embed" in weight.name or (shape.is_pair and weight.name == "shared.weight")):
                 embedding = (its_bytes, weight.count)
         for layer in block.layers:
-            by_layer[layer] = (size, elements)
+            by_layer[shape.is_pair and block.prefix.startswith("decoder."), layer] = (size, elements)
     return [by_layer[layer] for layer in sorted(by_layer)], head, embedding, largest
