@@ -92,6 +92,10 @@ def _make_batch(plan: Any) -> dict[str, Any]:
 
     rows, columns = plan.batch.micro_batch_size, plan.recipe.data.seq_len
     ids = torch.randint(5, plan.shape.vocab_size - 5, (rows, columns))
+    if plan.shape.is_pair:
+        mask, target = torch.ones_like(ids), torch.randint(5, plan.shape.vocab_size - 5, (rows, plan.recipe.data.target_len))
+        mask[-1, -1] = 0  # a row that is shorter, as in most micro-batches
+        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": target, "labels": target.clone()}
     return {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(columns).expand(rows, columns).contiguous()}
 
 

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 from test_referee import ATTENTION, DROPPED, EXPERTS, FREEZE, FULL, HAS_QUERIES, KINDS, LORA, WITHOUT_SDPA, adapt, assert_equal, workload
 
 from launcher.plan.losses import changes_logits
+from launcher.plan.step import run_step
+from launcher.plan.workload import Workload
+from launcher.train import profiling
+from launcher.train.trace import Trace, watching
 
+HAS_WINDOW = {"mistral", "phi3", "mixtral", "gpt_oss", "gemma2", "gemma3_text"}
 HAS_HEAD_DIM = {"llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "qwen3_moe", "mixtral"}
 
 
@@ -23,6 +30,8 @@ def draw_model(rng: random.Random, kind: str) -> dict[str, Any]:
     }  # fmt: skip
     if kind in HAS_HEAD_DIM and rng.random() < 0.3:
         sizes["head_dim"] = rng.choice([8, 16, 24, 32])
+    if kind in HAS_WINDOW and rng.random() < 0.5:
+        sizes["sliding_window"] = rng.choice([16, 64, 300])
     if rng.random() < 0.2:
         sizes["tie_word_embeddings"] = rng.choice([True, False])
     return sizes
@@ -44,20 +53,45 @@ def draw_facts(rng: random.Random, kind: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def compare_drawn(seed: int, draws: int) -> int:
-    """How many of them could be compared: not what the plan refuses, and not what torch leaves to its plain kernel."""
+def draw_workloads(seed: int, draws: int) -> Iterator[tuple[Workload, dict[str, Any]]]:
+    """With what was changed of its configuration. Not what the plan refuses, and not what torch leaves to its plain kernel."""
     rng = random.Random(seed)
-    compared = 0
     for _ in range(draws):
-        kind, layers, keep = rng.choice(KINDS), rng.choice([1, 2, 3, 4]), rng.random() < 0.5
+        kind = rng.choice(KINDS)
         changes, facts = draw_model(rng, kind), draw_facts(rng, kind) | draw_batch(rng)
         falls_back = facts["attention"] == "sdpa" and not facts["packed"] and facts["width"] == 4 and facts["device"] == "cuda"
-        work = workload(kind, layers, changes=changes, **facts)
-        if falls_back or (facts["loss"] == "chunked" and changes_logits(work.shape.config)):
-            continue
-        assert_equal(kind, work, layers=layers, keep=keep, changes=changes)
+        work = workload(kind, rng.choice([1, 2, 3, 4]), changes=changes, **facts)
+        if not falls_back and not (facts["loss"] == "chunked" and changes_logits(work.shape.config)):
+            yield work, changes
+
+
+def compare_drawn(seed: int, draws: int) -> int:
+    compared = 0
+    for work, changes in draw_workloads(seed, draws):
+        assert_equal(work.shape.model_type, work, layers=work.shape.num_layers, keep=compared % 2 == 0, changes=changes)
         compared += 1
     return compared
+
+
+def trace_evaluation(work: Workload) -> int:
+    """The most that is live in a forward pass without gradients, and its loss."""
+    model = profiling._build(work.shape, None, work.attention).to(profiling.DTYPES[work.width])
+    if work.loss == "chunked":
+        profiling.put_loss_into_head(model, work.loss)
+    model = profiling._lay_method(model, work).eval()
+    batch, trace = profiling._make_text(work, model.config), Trace()
+    with watching(trace, device=work.device, packed=work.packed) as watch, torch.no_grad():
+        for known in (model.parameters(), model.buffers(), batch.values()):
+            watch.ignore(known)
+        profiling._loss_of_words(work)(model, batch)
+    return trace.peaks["forward"]
+
+
+@pytest.mark.parametrize("seed", range(50, 53))
+def test_an_evaluation_that_is_drawn_at_random(seed: int) -> None:
+    for work, changes in draw_workloads(seed, 50):
+        tape = run_step(work, keep_gradients=False, train=False, round_to=512)
+        assert max(peak for peak, _ in tape.peaks.values()) == trace_evaluation(work), (changes, work)
 
 
 @pytest.mark.parametrize("seed", range(4))

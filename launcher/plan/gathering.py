@@ -59,7 +59,7 @@ def list_shards(work: Workload, sharding: Sharding) -> Inventory:
 def _list_shards(shape: ModelShape, method: MethodFacts, width: int, persistence: int) -> Inventory:
     """A layer's adapters come after its base: they are made later."""
     shards: list[Shard] = []
-    layers: dict[int, tuple[int, ...]] = {}
+    layers: dict[tuple[bool, int], tuple[int, ...]] = {}
     head: tuple[int, ...] = ()
     embedding: tuple[int, ...] = ()
 
@@ -83,11 +83,11 @@ def _list_shards(shape: ModelShape, method: MethodFacts, width: int, persistence
                 base.append((elements, size))
             elif is_head(block.prefix, weight):
                 head = add([(elements, size)])
-            elif "embed" in weight.name or weight.name == "wte.weight":
+            elif "embed" in weight.name or weight.name == "wte.weight" or (shape.is_pair and weight.name == "shared.weight"):
                 embedding = embedding or add([(elements, size)])
         for layer in block.layers:
-            layers[layer] = add([*base, *adapters])
-    return Inventory(shards=tuple(shards), layers=tuple(layers[i] for i in sorted(layers)), head=head or embedding, embedding=embedding,
+            layers[shape.is_pair and block.prefix.startswith("decoder."), layer] = add([*base, *adapters])
+    return Inventory(shards=tuple(shards), layers=tuple(layers[key] for key in sorted(layers)), head=head or embedding, embedding=embedding,
                      largest=max((shard.size for shard in shards), default=0))  # fmt: skip
 
 

@@ -25,6 +25,7 @@ from launcher.plan.products import predict_objects, predict_products
 from launcher.plan.profile import Peak, StepProfile, bound_step, profile_step
 from launcher.plan.shape import ModelShape
 from launcher.plan.slack import Held, add_bytes, make_heap_slack, make_slack, part
+from launcher.plan.speed import find_target_len
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
 from launcher.plan.timeline import flushes_in_backward, tell_step
 from launcher.plan.trainable import OTHERS, as_trained
@@ -100,6 +101,7 @@ def count_trainable(recipe: Recipe, shape: ModelShape) -> int:
 def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan) -> Workload:
     """What one rank computes in a micro-step."""
     flat, shape = layout.packs_flat, as_trained(shape)
+    target_len = find_target_len(recipe, shape)
     return Workload(
         shape=shape,
         method=method_facts(recipe),
@@ -111,7 +113,8 @@ def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
         micro_batch_size=batch.micro_batch_size,
         seq_len=batch.seq_len,
         # The last position predicts nothing. Which others carry no loss is in the data, so all are counted.
-        loss_columns=(batch.micro_batch_size * batch.seq_len if flat else batch.seq_len) - 1,
+        loss_columns=target_len or (batch.micro_batch_size * batch.seq_len if flat else batch.seq_len) - 1,
+        target_len=target_len,
         # Padding is a sequence of its own (train/data.py), and needs the mask that packs do.
         packed=bool(recipe.data.packing) or batch.micro_batch_size > 1,
         fused=layout.liger_kernel and shape.model_type in FUSED,
@@ -216,7 +219,7 @@ def _flatten_where_there_is_room(states: States, limit: int, *, on_device: bool)
 
 def has_closed_form(shape: ModelShape) -> bool:
     """Whether the micro-step of this model is told exactly."""
-    return shape.is_known and shape.model_type in CLOSED_FORMS
+    return shape.is_known and (shape.model_type in CLOSED_FORMS or shape.is_pair)
 
 
 def _choose_profile(work: Workload, keep_gradients: bool, tracer: Tracer | None) -> tuple[StepProfile | None, Workload, list[str]]:

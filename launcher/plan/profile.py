@@ -41,7 +41,8 @@ def profile_step(work: Workload, *, keep_gradients: bool, gradients_exist: bool 
     layers, period = work.shape.num_layers, find_period(work.shape)
     shallow = FEWEST_LAYERS + (layers - FEWEST_LAYERS) % period
     deep = shallow + 2
-    if exact or layers <= 2 * deep or period > 2:
+    uneven = work.shape.is_pair and work.shape.total_layers != 2 * layers
+    if exact or layers <= 2 * deep or period > 2 or uneven:
         return _profile(work, None, keep_gradients, gradients_exist)
     few, more = (_profile(work, depth, keep_gradients, gradients_exist) for depth in (shallow, deep))
 

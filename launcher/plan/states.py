@@ -93,7 +93,7 @@ def _count_states(shape: ModelShape, method: MethodFacts) -> Counts:
                 largest = max(largest, weight.count)
                 continue
             for layer in block.layers or (0,):
-                trained = method.trains_base(block.prefix.format(layer) + weight.name, shape.num_layers)
+                trained = method.trains_base(name := block.prefix.format(layer) + weight.name, shape.depth_of(name))
                 (frozen if not trained else decayed if len(weight.shape) > 1 else spared).append(weight.count)
     return Counts(decayed=tuple(decayed), spared=tuple(spared), frozen=tuple(frozen), packed_bytes=packed, quant_state_bytes=state, adapters=adapters,
                   largest_quantised=largest, largest_adapted=adapted)  # fmt: skip

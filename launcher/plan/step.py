@@ -11,9 +11,11 @@ from launcher.plan.classic import CLASSIC, ENCODERS, classic_layer, drop_embedde
 from launcher.plan.decoder import LATENT, NORM_STYLES, decoder_layer
 from launcher.plan.forward import Pass, layer_type, rotary_width, sliding_window
 from launcher.plan.inventory import Config
+from launcher.plan.inventory_others import PAIRS
 from launcher.plan.latent import widths
 from launcher.plan.losses import chunked_loss, cross_entropy, liger_loss, project
 from launcher.plan.operators import FP32, cast, embed, gather_rows, pointwise_of_result, rms_norm, scale
+from launcher.plan.pairs import build_pair, pair_loss
 from launcher.plan.shape import name_alike, read_text_part
 from launcher.plan.tape import CHECKPOINTS, LOGITS, Parameter, Sink, Tape, Tensor, backward, checkpoint, counting_as, drop_gradient
 from launcher.plan.workload import Workload, build_block
@@ -32,10 +34,15 @@ def run_step(
     if not keep_gradients or gradients_exist:
         tape.on_gradient = drop_gradient
     config = name_alike(read_text_part(work.shape.config))
-    model = _build_model(work, config, config["num_hidden_layers"] if layers is None else layers)
-    targets, kept = tape.new(work.tokens, 8), tape.new(work.loss_columns, 8)
-    loss = _loss(Pass(tape, work, config), model, kept)
-    del targets, kept
+    # Whoever holds the weights holds their gradients.
+    pair = build_pair(work, config, layers) if config["model_type"] in PAIRS else None
+    if pair is not None:
+        loss = pair_loss(Pass(tape, work, config), pair)
+    else:
+        model = _build_model(work, config, config["num_hidden_layers"] if layers is None else layers)
+        targets, kept = tape.new(work.tokens, 8), tape.new(work.loss_columns, 8)
+        loss = _loss(Pass(tape, work, config), model, kept)
+        del targets, kept
     if train:
         backward(tape, loss)
     return tape
@@ -167,7 +174,7 @@ def _make_masks(run: Pass) -> dict[str, Tensor | None]:
         window = {"sliding_attention": sliding_window(config), "chunked_attention": config.get("attention_chunk_size")}.get(kind)
         if kind == "sliding_attention" and config["model_type"] == "qwen2_moe" and not config.get("use_sliding_window"):
             window = 0  # its configuration says so, and a mask is made that no layer uses
-        slides = window is not None and work.seq_len > window
+        slides = window is not None and work.seq_len >= window
         packed = work.packed and config["model_type"] not in BLIND_TO_PACKS
         if work.attention == "flash_attention_2" or (work.attention == "sdpa" and not packed and not slides):
             masks[kind] = None

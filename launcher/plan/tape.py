@@ -251,7 +251,7 @@ class _Frame:
 
     __slots__ = ("function", "inputs", "offloaded", "output", "promises", "recomputed", "stored", "tape")
 
-    def __init__(self, tape: Tape, function: Callable[[Tensor], Tensor], inputs: Any) -> None:
+    def __init__(self, tape: Tape, function: Callable[..., Any], inputs: Any) -> None:
         self.tape, self.function, self.inputs = tape, function, inputs
         self.promises: list[weakref.ref[_Promise]] = []
         self.recomputed, self.stored, self.offloaded = False, 0, False
@@ -277,7 +277,7 @@ class _Frame:
         kind, tape.kind = tape.kind, ACTIVATIONS
         inputs = self.inputs
         if self.offloaded:  # made anew, with the place in the graph that it had
-            inputs = tuple(Tensor(tape.new(count, width).storage, count, width, node, slot) for count, width, node, slot in self.inputs)
+            inputs = tuple(Tensor(tape.new(told[0], told[1]).storage, *told) if told else None for told in self.inputs)
         try:
             self.output = self.function(*inputs)
         except _Enough:
@@ -286,21 +286,23 @@ class _Frame:
             tape.recomputing, tape.kind = outer, kind
 
 
-def checkpoint(tape: Tape, function: Callable[[Tensor], Tensor], x: Tensor, *, offload: bool = False) -> Tensor:
-    """The function's output, with its argument kept in place of all that its backward needs (use_reentrant=False).
+def checkpoint(tape: Tape, function: Callable[..., Any], *inputs: Tensor | None, offload: bool = False) -> Any:
+    """What the function gives, with its arguments kept in place of all that its backward needs (use_reentrant=False).
 
-    `offload`: the argument goes to host memory, and comes back for the recomputation (transformers' save_on_cpu).
+    `offload`: the arguments go to host memory, and come back for the recomputation (transformers' save_on_cpu).
     """
-    frame = _Frame(tape, function, (x,))
+    frame = _Frame(tape, function, inputs)
     if offload:
         frame.offloaded = True
-        frame.inputs = ((x.count, x.width, x.node, x.slot),)
-        tape.on_host += x.count * x.width
+        frame.inputs = tuple(None if x is None else (x.count, x.width, x.node, x.slot) for x in inputs)
+        tape.on_host += sum(x.count * x.width for x in inputs if x is not None)
     else:
-        x.storage.count_as(CHECKPOINTS)
+        first = inputs[0]
+        assert first is not None, "a layer is given a hidden state"
+        first.storage.count_as(CHECKPOINTS)
     outer, tape.frame = tape.frame, frame
     try:
-        return function(x)
+        return function(*inputs)
     finally:
         tape.frame = outer
 
@@ -327,7 +329,7 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
     root = loss.node
     assert isinstance(root, Node), "nothing is trained"
     first = root.grads = tape.make(4)  # torch.autograd.backward holds on to it
-    _count_users(root)
+    leaves = _count_users(root)  # a graph holds on to them until it goes
     ready: list[Node] = [root]
     queued = {root.sequence}
     while ready:
@@ -365,7 +367,7 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
                     heapq.heappush(ready, edge)
             del grad
         del edges, outputs, node
-    del first
+    del first, leaves
 
 
 def _fit(tape: Tape, edge: Any, whole: Storage, size: int) -> Storage:
@@ -378,18 +380,22 @@ def _fit(tape: Tape, edge: Any, whole: Storage, size: int) -> Storage:
     return made
 
 
-def _count_users(root: Node) -> None:
-    """How often each parameter is used: its gradient is whole when so many have come (tied weights)."""
+def _count_users(root: Node) -> list[Sink]:
+    """How often each parameter is used: its gradient is whole when so many have come (tied weights). Gives the leaves that are no parameters."""
     seen: set[int] = set()
+    leaves: list[Sink] = []
     stack: list[Any] = [root]
     while stack:
         node = stack.pop()
         for edge, _ in node.edges:
             if isinstance(edge, Sink):
                 edge.users += 1
+                if edge.leaf is not None:
+                    leaves.append(edge)
             elif edge is not None and edge.sequence not in seen:
                 seen.add(edge.sequence)
                 stack.append(edge)
+    return leaves
 
 
 def _accumulate(tape: Tape, sink: Sink, grad: Storage) -> None:
