@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from launcher.plan.operators import FP32, cast, copy, dropout, part, pointwise_of_result, scale, shift
+from launcher.plan.operators import FP32, add, add_small, cast, copy, dropout, part, pointwise_of_result, scale, shift
 from launcher.plan.tape import Storage, Tape, Tensor
 
 
@@ -54,12 +54,21 @@ def _masked(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, at: Heads
     return copy(tape, out) if at.heads_first else out
 
 
-def _plain(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, p: float) -> Tensor:
-    """aten's _scaled_dot_product_attention_math: everything in fp32, scores and all."""
+def _plain(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, p: float, *, positions: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """aten's _scaled_dot_product_attention_math, its output made contiguous by rows. `positions`: a bias in place of a mask."""
+    return copy(tape, _attend_in_fp32(tape, q, k, v, mask, at, p, positions))
+
+
+def _attend_in_fp32(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at: Heads, p: float, positions: Tensor | None
+) -> Tensor:  # fmt: skip
+    """Scores and all."""
     bias = tape.new(mask.count, q.width) if mask is not None else None
     query, key, value = cast(tape, q, FP32), cast(tape, k, FP32), cast(tape, v, FP32)
     scaled = scale(tape, query)
-    if bias is None and at.causal:
+    if bias is None and positions is None and at.causal:
         lower = tape.new(at.queries * at.keys, 1)
         lower = tape.new(at.queries * at.keys, 1)
         bias = tape.new(at.queries * at.keys, FP32)
@@ -68,12 +77,29 @@ def _plain(tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, at:
     scores = _scores(tape, scaled, scale(tape, key), at)
     if bias is not None:
         scores = shift(tape, scores) if not tape.accumulates_in_place else scores
+    if positions is not None:
+        scores = _add_positions(tape, scores, positions)
     scores = pointwise_of_result(tape, scores)
     scores = dropout(tape, scores, p)
     unused = cast(tape, scores, q.width)
     out = cast(tape, _mix(tape, scores, value, at), q.width)
     del unused
-    return copy(tape, out)
+    return out
+
+
+def _add_positions(tape: Tape, scores: Tensor, bias: Tensor) -> Tensor:
+    """In place, but not under the dispatch mode that traces. A bias' gradient is summed in fp32 over the rows it is for, and cast."""
+    summed, own = bias.count * FP32, bias.count * bias.width
+    several, wanted = scores.count > bias.count, bias.node is not None
+
+    def run(grad: Storage) -> tuple[Storage, Storage | None]:
+        if not wanted:
+            return grad, None
+        whole = tape.make(summed) if several else grad
+        return grad, whole if own == summed else tape.make(own)
+
+    out = Tensor(scores.storage, scores.count, FP32) if tape.accumulates_in_place else tape.new(scores.count, FP32)
+    return tape.attach(out, run, scores, bias)
 
 
 def flash(tape: Tape, q: Tensor, k: Tensor, v: Tensor, at: Heads, *, workspace: bool) -> Tensor:
@@ -96,16 +122,22 @@ def _kernel(
     sizes = tuple((t.count * t.width, t.node is not None) for t in (q, k, v))
     del sums, rest
     extra = _backward_workspace(at, q.width) if workspace else 0
+    # A bias' gradient has rows of a multiple of 16, and one for each of the batch. (Of one row alone it stays so wide, up to 15 columns too many,
+    # until it is added to another: counted to the end here.)
+    spread = at.rows * at.heads * at.queries * (-(-at.keys // 16) * 16) * q.width if bias is not None and bias.node is not None else 0
+    has_bias = bias is not None
 
     def run(grad: Storage) -> tuple[Storage | None, ...]:
         for tensor in kept:
             tensor.fetch()
         grads = tuple(tape.make(size) for size, _ in sizes)
+        of_bias = tape.make(spread) if spread else None
         if extra:
             tape.make(extra)
-        return tuple(g if wanted else None for g, (_, wanted) in zip(grads, sizes, strict=True))
+        given = tuple(g if wanted else None for g, (_, wanted) in zip(grads, sizes, strict=True))
+        return (*given, of_bias) if has_bias else given
 
-    return tape.attach(out, run, q, k, v)
+    return tape.attach(out, run, q, k, v) if bias is None else tape.attach(out, run, q, k, v, bias)
 
 
 def _backward_workspace(at: Heads, width: int) -> int:
@@ -230,3 +262,77 @@ def batched_matmul(tape: Tape, a: Tensor, b: Tensor, count: int) -> Tensor:
         return grad_a, grad_b
 
     return tape.record(count, a.width, run, a, b)
+
+
+# ------------------------------------------------------------------------------------------------- with a bias of positions
+
+
+def biased_eager(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor, at: Heads, *, p: float
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """T5's eager_attention_forward: a bias beside the mask, softmax in the model's dtype."""
+    scores = scale(tape, _scores(tape, q, k, at))
+    scores = add_small(tape, scores, bias) if at.rows > 1 else add(tape, scores, bias)
+    if mask is not None:
+        scores = shift(tape, scores)
+    weights = pointwise_of_result(tape, scores)
+    del scores
+    weights = dropout(tape, weights, p)
+    mixed = _mix(tape, weights, v, at)
+    out = copy(tape, mixed)
+    return out, weights
+
+
+def biased_sdpa(
+    tape: Tape, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor, at: Heads, *, by_heads: bool, device: str, workspace: bool,
+    p: float,
+) -> Tensor:  # fmt: skip
+    """SDPA with a bias for every head, query and key, and what of it is not to be seen at its least (sdpa_attention.py, create_position_bias_mask)."""
+    whole = _cover(tape, mask, bias, at, by_heads)
+    if device == "cpu" and (
+        (p and tape.training) or whole.node is not None
+    ):  # its fused kernel drops nothing, and gives a mask no gradient
+        return _plain(tape, q, k, v, None, at, p, positions=whole)
+    padded, seeds = (32, 2) if device == "cuda" else (1, 0)
+    if device == "cuda":
+        whole = _spread(tape, whole, at)
+    return _kernel(tape, q, k, v, whole, at, padded=padded, seeds=seeds, workspace=workspace and device == "cuda")
+
+
+def _spread(tape: Tape, bias: Tensor, at: Heads) -> Tensor:
+    """One bias for every row of the batch: a view, whose gradient is summed where there are several."""
+    size, several = bias.count * bias.width, at.rows * at.heads * at.queries * at.keys > bias.count
+    out = Tensor(bias.storage, bias.count, bias.width)
+    return tape.attach(out, lambda grad: (tape.make(size) if several else grad,), bias)
+
+
+def _cover(tape: Tape, mask: Tensor | None, bias: Tensor, at: Heads, by_heads: bool) -> Tensor:
+    """The bias where it is seen, laid out head by head."""
+    if mask is None and not (at.causal and at.queries > 1):
+        return bias if by_heads else copy(tape, bias)
+    seen = mask
+    if seen is None:
+        order, beside = tape.new(at.queries, 8), tape.new(at.keys, 8)
+        seen = tape.new(at.queries * at.keys, 1)
+        del order, beside
+    covered = _where(tape, seen, bias, bias.count if mask is None else at.rows * bias.count)
+    return covered if by_heads else copy(tape, covered)
+
+
+def _where(tape: Tape, seen: Tensor, x: Tensor, count: int) -> Tensor:
+    """torch.where(seen, x, a number): its gradient is summed over what x was spread to."""
+    kept = tape.save(seen) if x.node is not None else None
+    size, own, width = count * x.width, x.count * x.width, x.width
+
+    def run(grad: Storage) -> tuple[Any]:
+        assert kept is not None
+        kept.fetch()
+        zero = tape.make(width)
+        made = tape.make(size)
+        del zero
+        return (made if size == own else (made, own),)
+
+    number = tape.new(1, x.width)
+    out = tape.new(count, x.width)
+    del number
+    return tape.attach(out, run, x)

@@ -235,7 +235,7 @@ def tied(c: Config) -> bool:
 
 
 TIED_UNLESS_TOLD = frozenset({"gpt2", "opt", "bloom", "falcon", "mpt", "gemma", "gemma2", "gemma3", "gemma3_text", "smollm3", "starcoder2",
-                              "cohere", "bert", "roberta", "t5", "whisper"})  # fmt: skip
+                              "cohere", "bert", "roberta", "t5", "mt5", "whisper"})  # fmt: skip
 """Model types whose head is the embedding where config.json leaves tie_word_embeddings out (models/*/configuration_*.py)."""
 
 

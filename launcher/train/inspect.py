@@ -11,7 +11,7 @@ from launcher.plan import Plan
 from launcher.run import cache_dir
 from launcher.train.data import Sample, Samples, load_samples
 from launcher.train.encode import IGNORED
-from launcher.train.model import load_tokenizer
+from launcher.train.model import find_start_id, load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -70,7 +70,8 @@ def inspect_data(plan: Plan, rows: int) -> ShownData:
     tokenizer = load_tokenizer(plan)
 
     def load(split: Any) -> Samples:
-        return load_samples(data, split, tokenizer, base_dir=plan.base_dir, seed=plan.recipe.seed, cache_dir=cache_dir())
+        return load_samples(data, split, tokenizer, base_dir=plan.base_dir, seed=plan.recipe.seed, cache_dir=cache_dir(),
+                            start_id=find_start_id(plan, tokenizer))  # fmt: skip
 
     train = load("train")
     splits = [_show_split("train", train)]
