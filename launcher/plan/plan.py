@@ -20,7 +20,7 @@ from launcher.plan.layout import Layout, make_layout
 from launcher.plan.losses import changes_logits
 from launcher.plan.memory import Tracer, count_trainable, has_closed_form, hold_at_least, predict_memory
 from launcher.plan.shape import ModelShape, load_shape, read_text_part
-from launcher.plan.solve import Choice, Floor, Predict, apply_changes, choose, describe_choice, make_candidates
+from launcher.plan.solve import Choice, Floor, Predict, choose, describe_choice, make_candidates
 from launcher.plan.source import locate_model
 from launcher.plan.trainable import list_oddities, settle_attention, settle_packing
 from launcher.recipe import Recipe
@@ -210,10 +210,9 @@ def make_suggestions(plan: Plan) -> list[Suggestion]:
     def trained_of(recipe: Recipe) -> int:
         return count_trainable(recipe, plan.shape)
 
-    settled = apply_changes(plan.recipe, {"batch.micro_batch_size": plan.batch.micro_batch_size})
     predict, confirm = (make_predictor(plan.shape, plan.cluster, replay=replay) for replay in (False, True))
-    return suggest_changes(settled, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, plan.memory.budget, make_floor(plan.shape),
-                           predict, confirm)  # fmt: skip
+    return suggest_changes(plan.recipe, plan.batch, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, plan.memory.budget,
+                           make_floor(plan.shape), predict, confirm)  # fmt: skip
 
 
 def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool, tracer: Tracer | None = None) -> Predict:
