@@ -21,7 +21,7 @@ from launcher.plan.losses import changes_logits
 from launcher.plan.memory import Tracer, count_trainable, has_closed_form, hold_at_least, predict_memory
 from launcher.plan.shape import ModelShape, load_shape, read_text_part
 from launcher.plan.solve import Choice, Floor, Predict, choose, describe_choice, make_candidates
-from launcher.plan.source import locate_model
+from launcher.plan.source import find_missing_weights, locate_config
 from launcher.plan.trainable import list_oddities, settle_attention, settle_packing
 from launcher.recipe import Recipe
 from launcher.units import DTYPE_BYTES, format_bytes
@@ -150,7 +150,8 @@ def make_explained_plan(
     `tracer` runs a model that the plan has no arithmetic for on the meta device, and with `trace` any model (it takes torch, and
     seconds); without one the activations of such a model are guessed.
     """
-    shape = load_shape(locate_model(recipe.model.name_or_path, base_dir), recipe.model.revision)
+    source = locate_config(recipe.model.name_or_path, base_dir)
+    shape = load_shape(source, recipe.model.revision)
     if tracer is not None and not shape.is_known:
         shape = tracer.count(shape)
     _check_length(recipe, shape)
@@ -174,6 +175,8 @@ def make_explained_plan(
         notes.append("adafactor: ZeRO hands it flat partitions, so its second moment is not factored (4 bytes a parameter)")
     adapters = trainable if recipe.method.kind in ("lora", "qlora") else 0
     notes += list_oddities(shape, recipe, layout)
+    if find_missing_weights(source) is not None:
+        notes.append(f"weights: {source.path} holds none (*.safetensors), so that it can be planned and not run")
     traced = tracer if trace or not has_closed_form(shape) else None
     memory = choice.taken.memory if traced is None else None
     plan = Plan(
