@@ -112,13 +112,14 @@ def write_model(folder: Path, config: dict[str, Any]) -> Path:
 
 
 def write_rows(path: Path, seq_len: int, count: int = 64) -> Path:
-    """Rows that are cut to `seq_len` tokens, so that every micro-batch is as the plan has it."""
+    """Pairs of rows that fill a pack of `seq_len` tokens to its end: packed rows need the mask that the plan counts, one long row does not."""
     import random
 
     rng = random.Random(0)
+    longer = seq_len * 5 // 8
     with path.open("w", encoding="utf-8") as file:
-        for _ in range(count):
-            file.write(json.dumps({"text": " ".join(f"w{rng.randrange(3, 1000)}" for _ in range(seq_len + 8))}) + "\n")
+        for tokens in (longer, seq_len - longer) * (count // 2):  # the last token of each ends it
+            file.write(json.dumps({"text": " ".join(f"w{rng.randrange(3, 1000)}" for _ in range(tokens - 1))}) + "\n")
     return path
 
 
@@ -134,7 +135,7 @@ def make_plan_of(case: Case, folder: Path, accelerator: Any) -> Any:
     rows = write_rows(run_dir / "rows.jsonl", case.seq_len)
     sections: dict[str, Any] = {
         "name": "memory", "model": {"name_or_path": str(model), "dtype": case.dtype}, "method": case.method,
-        "data": {"train": str(rows), "seq_len": case.seq_len, "too_long": "truncate"},
+        "data": {"train": str(rows), "seq_len": case.seq_len},
         "batch": {"global_batch_size": case.micro_batch_size * case.micro_steps * case.ranks, "micro_batch_size": case.micro_batch_size},
         "optim": {"lr": 1e-5}, "schedule": {"kind": "constant", "warmup_ratio": 0.0, "max_steps": STEPS},
         "parallel": {"zero_stage": case.stage}, "memory": {"gradient_checkpointing": case.checkpointing}, "track": {"to": []},

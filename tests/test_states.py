@@ -138,3 +138,12 @@ def test_a_model_is_sharded_as_it_loads(method: dict[str, Any], tiny: Path, tmp_
     adapters = next(part.bytes for part in load.components if part.name == "adapters")
     assert tensors(load, "gathered parameters", "step workspace") + adapters == pytest.approx(found["after"]["load"], rel=0.05)
     assert steady(plan) == pytest.approx(found["after"]["step 2"], rel=0.02)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_what_is_offloaded_on_a_cpu_stays_in_the_same_memory(stage: int, tiny: Path, tmp_path: Path, one_rank: Ranks) -> None:
+    plan, found = measured(one_rank, tiny, tmp_path / "run", parallel={"zero_stage": stage, "offload_optimizer": True})
+    held = next(c.bytes for c in phases_of(plan)["optimizer step"].components if c.name == "optimizer states")
+    assert held > 16 * plan.shape.num_params and held < found["after"]["step 2"]
+    assert steady(plan) == pytest.approx(found["after"]["step 2"], rel=0.02)
+    assert plan.memory.host.p50 >= found["after"]["step 2"], "a CPU's host phases are its devices'"

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from architectures import DECODERS, config_of
+from plans import NEW_CPU
 from typer.testing import CliRunner
 
 from launcher.cli import app
@@ -265,3 +267,30 @@ def test_an_obstacle_is_found_in_a_shape_alone() -> None:
     assert find_obstacle(shape("llama", quantization_config={"quant_method": "gptq"}), recipe) is not None
     assert find_obstacle(shape("llama", quantization_config={"quant_method": "bitsandbytes"}), recipe) is None
     assert find_obstacle(shape("bert", architectures=["BertForMaskedLM"]), recipe) is None
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "mixtral"])
+@pytest.mark.parametrize("wanted", [{"dropout": 0.1}, {"dora": True}])
+def test_what_peft_cannot_lay_on_fused_experts_is_told_before_the_run(kind: str, wanted: dict[str, Any]) -> None:
+    shape = shape_of_config(config_of(kind).to_dict(), Path("config.json"))
+    obstacle = find_obstacle(shape, recipe_of("x", method={"kind": "lora", **wanted}))
+    assert obstacle is not None and f"method.{next(iter(wanted))}" in obstacle
+    attention = {"target_modules": ["q_proj" if kind != "deepseek_v3" else "q_b_proj", "o_proj"]}
+    assert find_obstacle(shape, recipe_of("x", method={"kind": "lora", **wanted, **attention})) is None
+    assert find_obstacle(shape, recipe_of("x", method={"kind": "lora"})) is None
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_every_architecture_is_planned_for_a_cpu(kind: str, tmp_path: Path) -> None:
+    """Its compiled products too: phi's head has a bias, which is none of them."""
+    (tmp_path / "config.json").write_text(json.dumps(config_of(kind).to_dict(), default=str))
+    (tmp_path / "model.safetensors").touch()
+    model = {"name_or_path": str(tmp_path), "dtype": "bf16"}
+    plan = make_plan(
+        recipe_of(str(tmp_path), model=model, method={"kind": "lora"}, batch={"global_batch_size": 2, "micro_batch_size": 1}),
+        NEW_CPU,
+        base_dir=str(tmp_path),
+        run_dir=str(tmp_path),
+    )
+    (workspace,) = [c for p in plan.memory.phases if p.name == "backward" for c in p.components if c.name == "library workspace"]
+    assert workspace.bytes > 48 * (512 << 10)

@@ -20,9 +20,27 @@ def round_pinned(size: int) -> int:
     return 1 << (size - 1).bit_length() if size > 0 else 0
 
 
+def make_staging(layout: Layout, checkpoint_bytes: int) -> Component:
+    """A worker's copy of its part of a checkpoint, in host memory, kept from the first save on (train/saving.py); pinned where values come from a GPU."""
+    part = -(-checkpoint_bytes // layout.world_size)
+    pinned = layout.accelerator != "cpu" and not layout.offload_optimizer
+    return Component(
+        name="checkpoint staging", bytes=round_pinned(part) if pinned else part, provenance="source", error=0.05, counts_in="total"
+    )
+
+
+def save_beside(phases: Sequence[Phase], staging: Component) -> tuple[Phase, ...]:
+    """A CPU worker's phases: its copy is made, and stays, beside the next forward and backward pass."""
+    most = max((phase for phase in phases if phase.name in BESIDE_SAVE), key=lambda phase: phase.total_bytes)
+    return tuple(Phase(name="save", components=(*most.components, staging)) if phase.name == "save" else phase for phase in phases)
+
+
+BESIDE_SAVE = ("forward", "loss", "backward", "reduce", "save")
+
+
 def make_host_phases(
     recipe: Recipe, shape: ModelShape, layout: Layout, states: States, counts: Counts, device: Sequence[Phase], libraries: int, error: float,
-    checkpoints: int,
+    checkpoints: int, staging: Component,
 ) -> tuple[Phase, ...]:  # fmt: skip
     """One node, all its ranks. On a CPU the device is the host: what workers hold, as many times as there are workers."""
     workers = layout.workers_per_node
@@ -41,18 +59,17 @@ def make_host_phases(
     loading = whole if layout.zero_init and not isinstance(recipe.method, QLora) else 0
     adapters = isinstance(recipe.method, Lora | QLora)
     exported = counts.trained * width if adapters else whole
-    # train/saving.py copies masters and states to host memory before it writes them.
-    staged = states.master + states.optimizer
+    staged = replace(staging, bytes=staging.bytes * workers)
     phases = {
         "load": [base, Component(name="weights", bytes=loading, provenance="source", error=0.2)],
         "optimizer step": held,
         "save": [
             *held,
-            Component(name="checkpoint staging", bytes=staged * workers, provenance="source", error=0.05),
+            staged,
             Component(name="weights", bytes=exported, provenance="source", error=0.05),
         ],
         # train/resume.py reads a rank's part of the checkpoint before it is put in its place.
-        "resume": [*held, Component(name="checkpoint staging", bytes=staged * workers, provenance="source", error=0.05)],
+        "resume": [*held, staged],
     }
     return tuple(Phase(name=name, components=tuple(c for c in parts if c.bytes)) for name, parts in phases.items())
 

@@ -20,7 +20,7 @@ from launcher.plan.fused import FUSED
 from launcher.plan.gathering import Gathered, gather
 from launcher.plan.heap import PIECE_LIFE, choose_threshold
 from launcher.plan.heap import replay as replay_heap
-from launcher.plan.host import make_disk, make_host_phases, make_network
+from launcher.plan.host import make_disk, make_host_phases, make_network, make_staging, save_beside
 from launcher.plan.layout import Layout
 from launcher.plan.merging import make_merge_phases
 from launcher.plan.products import predict_objects, predict_products
@@ -180,14 +180,18 @@ def predict_memory(
         for name, components in phases.items()
     )
     notes += _find_notes(parts)
+    disk = make_disk(recipe, shape, counts, work.width, nvme=states.nvme * layout.workers_per_node)
+    staging = make_staging(layout, disk.checkpoint_bytes)
+    if layout.accelerator == "cpu":
+        finished = save_beside(finished, staging)
     host = make_host_phases(recipe, shape, layout, states, counts, finished, overheads.libraries, overheads.libraries_error,
-                             profile.host_checkpoints)  # fmt: skip
+                             profile.host_checkpoints, staging)  # fmt: skip
     merging = make_merge_phases(work, counts, libraries=overheads.libraries, libraries_error=overheads.libraries_error,
                                 context=overheads.context, context_error=overheads.context_error)  # fmt: skip
     return MemoryPlan(
         phases=finished + merging.device,
         host_phases=host + merging.host,
-        disk=make_disk(recipe, shape, counts, work.width, nvme=states.nvme * layout.workers_per_node),
+        disk=disk,
         network_bytes=make_network(counts, sharding, work.width, batch.gradient_accumulation_steps),
         budget=budget if budget is not None else cluster.device_memory,
         host_budget=cluster.host_memory if cluster.host_memory > 1 else None,

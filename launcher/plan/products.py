@@ -39,7 +39,7 @@ def count_products(work: Workload) -> int:
     for block in shape.inventory:
         for weight in block.weights:
             head = is_head(block.prefix, weight) or (shape.tied_embeddings and "embed" in weight.name)
-            if not weight.matrix and not head:
+            if len(weight.shape) < 2 or not (weight.matrix or head):  # a head's bias is a vector
                 continue
             n_in, n_out = weight.fan
             rows = columns if head else tokens

@@ -194,7 +194,9 @@ def _make_states(
     # The group's gradient in fp32; what it came from is let go after the step (stage_1_and_2.py, grads_in_partition), or in stage 3 is counted as held.
     gradients = held.step_peak if sharding.stage == 0 else 4 * updated + (width * held.partition if sharding.stage < 3 else 0)
     moment = (UPDATE_ON_CPU if on_cpu else UPDATE).get(optimizer, 0) * updated
-    return held if sharding.offload_optimizer else replace(held, step_peak=max(held.step_peak, gradients + moment))
+    if sharding.offload_optimizer:  # on a CPU what is offloaded stays in the same memory
+        return replace(held, optimizer=held.optimizer + held.host, host=0, host_pinned=()) if on_cpu else held
+    return replace(held, step_peak=max(held.step_peak, gradients + moment))
 
 
 def _largest_updated(counts: Counts, sharding: Sharding) -> int:

@@ -11,9 +11,9 @@ from launcher.errors import Fault, RecipeError
 from launcher.plan.classic import ENCODERS
 from launcher.plan.inventory_others import head_of
 from launcher.plan.layout import Layout
-from launcher.plan.shape import ModelShape
+from launcher.plan.shape import ModelShape, adapter_rank
 from launcher.plan.step import BLIND_TO_PACKS
-from launcher.recipe import Recipe
+from launcher.recipe import Lora, QLora, Recipe
 
 OTHERS = {"t5": "an encoder and a decoder", "whisper": "a model of speech", "vit": "a model of images", "clip": "a model of images and texts",
           "qwen2_vl": "a model of images and texts", "qwen2_5_vl": "a model of images and texts",
@@ -38,9 +38,21 @@ def find_obstacle(shape: ModelShape, recipe: Recipe) -> str | None:
         )
     if method.kind == "qlora" and method.bits == 8 and method.dora:
         return "method.dora: peft 0.21 takes an 8-bit layer's scales away when it norms its weight; use bits 4"
+    if method.kind in ("lora", "qlora") and (method.dropout or method.dora) and _adapts_fused_experts(shape, method):
+        which = "dropout" if method.dropout else "dora"
+        return f"method.{which}: peft 0.21 lays adapters on fused experts without it; leave it out, or name the attention's layers in target_modules"
     if kind.startswith("llama4") and method.kind in ("lora", "qlora") and method.target_modules == "all-linear":
         return "method.target_modules: all-linear reaches Llama 4's router, which peft 0.21 cannot wrap; name the attention's layers"
     return None
+
+
+def _adapts_fused_experts(shape: ModelShape, method: Lora | QLora) -> bool:
+    """Experts that are one parameter of three dimensions, which peft wraps as a parameter and no layer (lora/layer.py, ParamWrapper)."""
+    return any(
+        len(weight.shape) == 3 and adapter_rank(shape.model_type, block.prefix, weight, method.r, method.target_modules)
+        for block in shape.inventory
+        for weight in block.weights
+    )
 
 
 def list_oddities(shape: ModelShape, recipe: Recipe, layout: Layout) -> Iterator[str]:
