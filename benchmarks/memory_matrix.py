@@ -81,14 +81,14 @@ def config_of(model: str) -> dict[str, Any]:
 
 def write_model(folder: Path, config: dict[str, Any]) -> Path:
     """A model folder of this geometry, with weights of a tenth of a standard deviation in bf16 and a tokenizer of 1,000 words."""
+    if (folder / "config.json").exists():
+        return folder
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from launcher.plan.shape import shape_of_config
 
-    if (folder / "config.json").exists():
-        return folder
     folder.mkdir(parents=True, exist_ok=True)
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, 1000)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
