@@ -173,6 +173,14 @@ def test_a_suggestion_tells_what_the_plan_will_be_with_it(method: str, stage: in
     assert all(item.slowdown < lossless for item in suggestions if item.effect)
 
 
+def test_where_evaluating_decides_its_micro_batch_is_told_to_shrink() -> None:
+    recipe = recipe_of(method={"kind": "lora"}, batch={"micro_batch_size": 1}, evaluate={"micro_batch_size": 64},
+                       data={"train": "hub://x/y", "eval_fraction": 0.1, "seq_len": 4096})  # fmt: skip
+    plan = plan_of(recipe, on("h100"))
+    assert plan.memory.decisive_phase == "evaluation"
+    assert make_suggestions(plan)[0].changes == {"evaluate.micro_batch_size": "auto"}
+
+
 def test_the_reason_of_a_choice_differs_in_that_key_alone() -> None:
     """What another stage would need is told at the same micro-batch and checkpointing, or not at all."""
     recipe = recipe_of(**ALL_AUTO)
