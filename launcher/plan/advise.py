@@ -13,7 +13,17 @@ from launcher.plan.budget import MemoryPlan
 from launcher.plan.devices import Device
 from launcher.plan.layout import Layout, make_layout
 from launcher.plan.shape import ModelShape
-from launcher.plan.solve import Candidate, Changes, Floor, Predict, apply_changes, choose, is_possible, list_quantised, make_candidates
+from launcher.plan.solve import (
+    Changes,
+    Floor,
+    Predict,
+    apply_changes,
+    choose,
+    is_possible,
+    list_quantised,
+    make_candidates,
+    make_micro_batch,
+)
 from launcher.plan.speed import estimate_step
 from launcher.recipe import Lora, QLora, Recipe
 
@@ -119,11 +129,10 @@ def suggest_changes(
         milder_does = any(all(mild <= pick for mild, pick in zip(other, picks, strict=True)) for _, other, _ in found)
         if not changes or milder_does or not is_possible(changed, recipe, shape, cluster):
             continue
-        candidates = make_candidates(changed, shape, cluster, device, trained_of(changed))
-        if tried == MOST_CONFIRMED or not any(_may_fit(candidate, budget, floor, predict) for candidate in candidates):
+        if tried == MOST_CONFIRMED or not _may_fit(changed, cluster, budget, floor, predict):
             continue
         tried += 1
-        taken = choose(candidates, budget, floor, predict, confirm).taken
+        taken = choose(make_candidates(changed, shape, cluster, device, trained_of(changed)), budget, floor, predict, confirm).taken
         if taken.memory is None or taken.verdict != "FITS":
             continue
         grade = max(step.grade for step in steps)
@@ -144,8 +153,11 @@ def _leave_out_what_is(recipe: Recipe, changes: Changes) -> Changes:
     return {key: value for key, value in changes.items() if "." not in key or asked[key.partition(".")[0]][key.partition(".")[2]] != value}
 
 
-def _may_fit(candidate: Candidate, budget: int, floor: Floor, predict: Predict) -> bool:
-    of = candidate.recipe, candidate.layout, candidate.batch
+def _may_fit(recipe: Recipe, cluster: Cluster, budget: int, floor: Floor, predict: Predict) -> bool:
+    """With the least micro-batch that the recipe allows."""
+    layout, _ = make_layout(recipe, cluster)
+    micro = recipe.batch.micro_batch_size
+    of = recipe, layout, make_micro_batch(recipe, layout, 1 if micro == "auto" else micro)
     return floor(*of) <= budget and predict(*of).verdict == "FITS"
 
 
