@@ -70,12 +70,12 @@ def _dora(tape: Tape, x: Tensor, layer: Linear, base: Tensor | None) -> Tensor:
 
 
 def _make_change(tape: Tape, layer: Linear) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """get_lora_weight, and what its graph keeps (a checkpoint's first pass keeps nothing, its recomputation does)."""
+    """get_lora_weight, and what its graph keeps (a checkpoint's first pass and an evaluation keep nothing, a recomputation does)."""
     assert layer.down is not None and layer.up is not None
     eye = tape.new(layer.n_in**2, layer.width)
     middle = matmul(tape, eye, layer.down, layer.n_in)
     change = matmul(tape, middle, layer.up, layer.down.count // layer.n_in)
-    return change, (eye, middle) if tape.frame is None else ()
+    return change, (eye, middle) if tape.frame is None and tape.grad_enabled else ()
 
 
 def _norm_rows(tape: Tape, weight: Tensor, change: Tensor, layer: Linear) -> Tensor:
