@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,7 @@ def test_a_worked_example() -> None:
     assert held["gradients"] == 2 * params // ranks and held["buckets"] == 2 * 500_000_000
     assert held["weights"] == 2 * params // ranks + 2 * 65 * 4096, "norms are under the threshold: every rank holds them whole too"
     assert held["activation checkpoints"] == 32 * 2 * 4096 * tokens
+    assert held["gathered parameters"] == 2 * (2 * 4096**2 + 2 * 1024 * 4096 + 2 * 14_336 * 4096), "sent for, of the last layer"
     assert held["logits and loss"] == pytest.approx(12 * 128_256 * (tokens - 1), rel=0.01)
 
 
@@ -194,9 +196,13 @@ def test_what_zero_3_keeps_gathered_at_the_turn() -> None:
     plan = plan_of(parallel={"zero_stage": 3})
     work, sharding = make_workload(plan.recipe, plan.shape, plan.layout, plan.batch), make_sharding(plan.layout, plan.deepspeed)
     head, layer = 2 * 128_256 * 4096, 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-    gathered = gather(work, sharding)
-    assert gathered.loss == head, "twice the head's 525M elements are beyond the reuse distance of 1e9"
-    assert gathered.backward == head + layer + 2 * 50_000_000
+    gathered, first = gather(work, sharding), gather(work, replace(sharding, forward_first=True))
+    ahead = layer - 2 * 4096 * 14336
+    assert gathered.loss == head + ahead, "the head is needed again, and the last layer's parameters were sent for but its last"
+    assert first.loss == ahead, "what DeepSpeed remembers of forward passes alone is that nothing is needed again"
+    assert gathered.forward == first.forward == layer + 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 4096 * 14336), (
+        "a layer, and 50M elements ahead"
+    )
 
 
 # ------------------------------------------------------------------------------------------------- speed

@@ -111,10 +111,19 @@ DEQUANTISING_ROWS = 1536
 
 
 def _dequantise(tape: Tape, layer: Linear) -> Tensor:
-    """The dense weight; beside it, until it is there, scales in fp32 where they are quantised themselves."""
+    """The dense weight; beside it, until it is there, scales in fp32 where they are quantised themselves.
+
+    On a CPU 8 bits are turned into 16 and multiplied in place by their rows' scales, which are in fp32: torch's TensorIterator does that in fp32,
+    with a copy of the weight and of the product (bitsandbytes' MatMul8bitFp; torch 2.13, aten/src/ATen/TensorIterator.cpp, compute_types).
+    """
+    count = layer.n_in * layer.n_out
     with counting_as(tape, DEQUANTISED):
-        scales = tape.make(layer.n_in * layer.n_out // 64 * FP32) if layer.bits == 4 and layer.double_quant else None
-        dense = tape.new(layer.n_in * layer.n_out, layer.width)
+        scales = tape.make(count // 64 * FP32) if layer.bits == 4 and layer.double_quant else None
+        dense = tape.new(count, layer.width)
+        if layer.bits == 8 and layer.width < FP32 and tape.counts_workspace and not tape.on_cuda:
+            wide = tape.make(count * FP32)
+            product = tape.make(count * FP32)
+            del wide, product
         del scales
         return dense
 

@@ -99,11 +99,16 @@ def _forward(run: Pass, model: Pair, rows: int) -> Tensor:
     tape.enter("loss")
     with counting_as(tape, LOGITS):
         states = _scaled(run, decoded)
+        tape.enter_module("head")
+        states = tape.mark_backward(states, "head", ends=True)
         if run.work.loss == "chunked":
-            return chunked_loss(tape, states, model.head, width, Tensor(None, rows, INT64))
-        if run.work.loss == "liger":
-            return liger_loss(tape, states, model.head if isinstance(model.head, Parameter) else model.head.weight, width)
-        return project(tape, states, model.head, width)
+            given = chunked_loss(tape, states, model.head, width, Tensor(None, rows, INT64))
+        elif run.work.loss == "liger":
+            given = liger_loss(tape, states, model.head if isinstance(model.head, Parameter) else model.head.weight, width)
+        else:
+            given = project(tape, states, model.head, width)
+        tape.leave_module("head")
+        return tape.mark_backward(given, "head")
 
 
 def _scaled(run: Pass, states: Tensor) -> Tensor:
@@ -116,20 +121,27 @@ def _stack(run: Pass, model: Pair, stack: Stack, encoded: Tensor | None) -> Tens
     """T5Stack.forward."""
     tape, work, config = run.tape, run.work, run.config
     p, columns = _rate(config), work.seq_len if encoded is None else work.target_len
+    tape.enter_module("embedding")
     embedded = embed(tape, model.shared, work.micro_batch_size * columns, config["d_model"])
+    tape.leave_module("embedding")
     if work.checkpointing != "off" and tape.grad_enabled and embedded.node is None:  # it is asked for a gradient
         embedded.node = Sink(embedded.storage)
     mask, cross_mask = _make_masks(run, encoded is not None)
     bias: Tensor | None = None
     cross: Tensor | None = None
     hidden = dropout(tape, embedded, p)
+    first = 0 if encoded is None else len(model.encoder.blocks)
     for number, block in enumerate(stack.blocks):
+        tape.enter_module(first + number)
+        hidden = tape.mark_backward(hidden, first + number, ends=True)
         layer = _Layer(run, block, stack.bias if number == 0 else None, encoded is not None)
         if work.checkpointing == "off" or not tape.grad_enabled:
             hidden, bias, cross = layer(hidden, mask, bias, encoded, cross_mask, cross)
         else:
             offload = work.checkpointing == "offload"
             hidden, bias, cross = checkpoint(tape, layer, hidden, mask, bias, encoded, cross_mask, cross, offload=offload)
+        hidden = tape.mark_backward(hidden, first + number)
+        tape.leave_module(first + number)
     normed = t5_norm(tape, hidden, stack.norm)
     hidden = normed
     del normed

@@ -36,6 +36,10 @@ class Sharding:
     leaf_modules: bool = True
     nvme: bool = False
     """Whether what is offloaded lies on disk (stage 3)."""
+    efficient_linear: bool = True
+    """DeepSpeed's own linear layer, whose graph does not hold a gathered weight (stage 3)."""
+    forward_first: bool = False
+    """Whether a run's first passes are forward passes alone (launcher/plan/coordinator.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -92,10 +92,12 @@ def _hidden_states(run: Pass, model: _Model) -> Tensor:
     # activation_checkpointing_enable asks the embedding's output for a gradient
     leaf = work.checkpointing != "off" and tape.grad_enabled
     beside: tuple[Tensor, ...] = ()
+    tape.enter_module("embedding")
     if kind in CLASSIC:
         embedded, beside = embed_tokens(run, model.outside, leaf)
     else:
         embedded = _embed(run, model, leaf)
+    tape.leave_module("embedding")
     # Checkpointed layers keep this for their recomputation; otherwise masks and tables end with the last layer.
     run.masks = _make_masks(run)
     run.tables = _make_tables(run)
@@ -107,10 +109,14 @@ def _hidden_states(run: Pass, model: _Model) -> Tensor:
     else:
         hidden = embedded
     for layer, block in enumerate(model.blocks):
+        tape.enter_module(layer)
+        hidden = tape.mark_backward(hidden, layer, ends=True)
         if work.checkpointing == "off" or not tape.grad_enabled:
             hidden = _layer(run, block, layer, hidden)
         else:
             hidden = checkpoint(tape, _layer_function(run.for_layer(layer), block, layer), hidden, offload=work.checkpointing == "offload")
+        hidden = tape.mark_backward(hidden, layer)
+        tape.leave_module(layer)
     hidden = _last_norm(run, model, hidden)
     del beside
     return hidden
@@ -232,9 +238,14 @@ def _loss_of_head(run: Pass, model: _Model, kept: Tensor) -> Tensor:
     tape.enter("loss")
     with counting_as(tape, LOGITS):
         chosen, head = gather_rows(tape, hidden, rows * width, kept), _head_of(model)
+        tape.enter_module("head")
+        chosen = tape.mark_backward(chosen, "head", ends=True)
         if work.loss == "chunked":
-            return chunked_loss(tape, chosen, head, width, targets)
-        return liger_loss(tape, chosen, head if isinstance(head, Parameter) else head.weight, width)
+            loss = chunked_loss(tape, chosen, head, width, targets)
+        else:
+            loss = liger_loss(tape, chosen, head if isinstance(head, Parameter) else head.weight, width)
+        tape.leave_module("head")
+        return tape.mark_backward(loss, "head")
 
 
 def _head_of(model: _Model) -> Any:
@@ -252,7 +263,10 @@ def _logits(run: Pass, model: _Model, kept: Tensor) -> Tensor:
         if config["model_type"] in ENCODERS:
             return encoder_logits(run, model.outside, hidden, count, kept)
         chosen = gather_rows(tape, hidden, count, kept)
-        logits = project(tape, chosen, _head_of(model), config["hidden_size"])
+        tape.enter_module("head")
+        logits = project(tape, tape.mark_backward(chosen, "head", ends=True), _head_of(model), config["hidden_size"])
+        logits = tape.mark_backward(logits, "head")
+        tape.leave_module("head")
         if config["model_type"] == "granite":
             return scale(tape, logits)
         if config.get("final_logit_softcapping") is not None:

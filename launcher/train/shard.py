@@ -85,13 +85,15 @@ def quantise_linear(linear: nn.Linear, quantization: Any, device: str) -> Any:
         return quantise_to_int8(linear, quantization.llm_int8_threshold, device)
     import bitsandbytes as bnb
 
+    from launcher.train.int4 import SharedParams4bit
+
     with torch.device("meta"):
         layer = bnb.nn.Linear4bit(
             linear.in_features, linear.out_features, linear.bias is not None, quantization.bnb_4bit_compute_dtype,
             compress_statistics=quantization.bnb_4bit_use_double_quant, quant_type=quantization.bnb_4bit_quant_type,
             quant_storage=quantization.bnb_4bit_quant_storage,
         )  # fmt: skip
-    layer.weight = bnb.nn.Params4bit(
+    layer.weight = SharedParams4bit(
         linear.weight.data, requires_grad=False, compress_statistics=quantization.bnb_4bit_use_double_quant,
         quant_type=quantization.bnb_4bit_quant_type, quant_storage=quantization.bnb_4bit_quant_storage, module=layer,
     ).to(device)  # fmt: skip
