@@ -23,7 +23,7 @@ from launcher.plan.layout import Layout
 from launcher.plan.merging import make_merge_phases
 from launcher.plan.products import predict_objects, predict_products
 from launcher.plan.profile import Peak, StepProfile, bound_step, profile_step
-from launcher.plan.shape import ModelShape
+from launcher.plan.shape import ModelShape, as_llama
 from launcher.plan.slack import Held, add_bytes, make_heap_slack, make_slack, part
 from launcher.plan.speed import find_target_len
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
@@ -259,14 +259,6 @@ def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
         bound_step(work, two, three, keep_gradients=parts.keeps, gradients_exist=parts.keeps and several) if has_closed_form(shape) else 0
     )
     return max(held + states.gradients + step, held + states.step_peak, loading)
-
-
-def as_llama(shape: ModelShape) -> ModelShape:
-    """A Llama of the same widths and depth."""
-    config = {"model_type": "llama", "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size,
-              "num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads,
-              "head_dim": shape.head_dim, "vocab_size": shape.vocab_size, "tie_word_embeddings": shape.tied_embeddings}  # fmt: skip
-    return replace(shape, model_type="llama", config=config)
 
 
 @dataclass(slots=True)

@@ -319,6 +319,14 @@ def _checked(shape: ModelShape, path: Path) -> ModelShape:
     return shape
 
 
+def as_llama(shape: ModelShape) -> ModelShape:
+    """A Llama of the same widths and depth."""
+    config = {"model_type": "llama", "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size,
+              "num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads,
+              "head_dim": shape.head_dim, "vocab_size": shape.vocab_size, "tie_word_embeddings": shape.tied_embeddings}  # fmt: skip
+    return replace(shape, model_type="llama", config=config)
+
+
 def keep_shape(config: dict[str, Any]) -> dict[str, Any]:
     """Of a config.json what sizes can follow from: numbers, words and short lists, and the parts for text and images."""
     kept: dict[str, Any] = {
