@@ -205,6 +205,18 @@ def test_what_zero_3_keeps_gathered_at_the_turn() -> None:
     )
 
 
+def test_a_host_holds_a_spare_worker_a_rank_once_a_run_steps() -> None:
+    """540 MiB were measured of a process with a worker's libraries and nothing else."""
+    plan = plan_of(parallel={"zero_stage": 3})
+    without = plan.cluster.model_copy(update={"ray": plan.cluster.ray.model_copy(update={"spare_workers": False})})
+    alone = predict_memory(plan.recipe, plan.shape, plan.layout, plan.batch, without, deepspeed=plan.deepspeed)
+    for phase in plan.memory.host_phases:
+        bare = next(other for other in alone.host_phases if other.name == phase.name)
+        stands_by = phase.name in ("optimizer step", "save")
+        assert phase.total_bytes - bare.total_bytes == (8 * 540 * MIB if stands_by else 0), phase.name
+        assert stands_by == ("spare workers" in {part.name for part in phase.components})
+
+
 # ------------------------------------------------------------------------------------------------- speed
 
 
