@@ -50,7 +50,6 @@ TENSORS_WITHIN, RESIDENT_WITHIN = 0.03, 0.10
 def profile_rank(plan_file: Path) -> None:
     """A rank of the run under the profiler; leaves when how many bytes were live, and on rank 0 the events, in the run folder."""
     import numpy as np
-    from torch._C._profiler import _EventType
     from torch.profiler import ProfilerActivity, profile
 
     from benchmarks.gloo import tensors_let_go
@@ -65,8 +64,17 @@ def profile_rank(plan_file: Path) -> None:
     with tensors_let_go():  # what gloo's threads free is not seen
         run_rank(plan, me, show=lambda event: marks.append({**event, "time_ns": time.time_ns()}), stop_asked=lambda: False)
     profiler.stop()
+    np.save(Path(plan.run_dir) / f"live-{me.rank}.npy", np.array(follow_live(list_allocations(profiler)), dtype=np.int64))
+    if me.rank == 0:
+        (Path(plan.run_dir) / "marks.json").write_text(json.dumps(marks))
+
+
+def list_allocations(profiler: Any) -> list[tuple[int, int, int]]:
+    """(time in ns, address, bytes or below zero what was freed) of all that a profiler saw, in the order of time."""
+    from torch._C._profiler import _EventType
+
     seen: list[tuple[int, int, int]] = []
-    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())  # type: ignore[union-attr]
+    waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
     while waiting:
         event = waiting.pop()
         if event.tag == _EventType.Allocation:
@@ -74,9 +82,7 @@ def profile_rank(plan_file: Path) -> None:
             if fields.total_allocated or fields.alloc_size < 0:  # a file that is mapped is told of with a total of zero
                 seen.append((event.start_time_ns, fields.ptr, fields.alloc_size))
         waiting += event.children
-    np.save(Path(plan.run_dir) / f"live-{me.rank}.npy", np.array(follow_live(sorted(seen)), dtype=np.int64))
-    if me.rank == 0:
-        (Path(plan.run_dir) / "marks.json").write_text(json.dumps(marks))
+    return sorted(seen)
 
 
 def follow_live(seen: list[tuple[int, int, int]]) -> list[tuple[int, int]]:

@@ -133,12 +133,14 @@ class Data(Spec):
     """Hold out this share of the training set instead of naming a held-out set."""
     seq_len: PositiveInt = 1024
     """Length in tokens that examples are packed to, and the longest an example may be."""
+    target_len: PositiveInt | None = None
+    """Encoder-decoders: the longest target in tokens, where seq_len is the longest source; unless told, as long as a source."""
     packing: bool | Auto = "auto"
     """Put several examples into one sequence; none attends to another. auto does so where the model's code keeps them apart."""
     loss_on: Literal["assistant", "all"] = "assistant"
     """Which tokens carry loss: those of the answers, or all."""
     too_long: Literal["error", "drop", "truncate"] = "error"
-    """What happens to an example longer than seq_len."""
+    """What happens to an example longer than seq_len (or a target longer than target_len)."""
     system_prompt: str | None = None
     """Put before conversations that have no system message of their own."""
     chat_template: str | None = None

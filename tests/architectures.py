@@ -76,6 +76,7 @@ def build_others() -> list[torch.nn.Module]:
         (t.BertModel, bert), (t.BertForMaskedLM, bert), (t.BertForSequenceClassification, bert), (t.BertForTokenClassification, bert),
         (t.BertForQuestionAnswering, bert), (t.RobertaModel, roberta), (t.RobertaForMaskedLM, roberta), (t.RobertaForSequenceClassification, roberta),
         (t.T5ForConditionalGeneration, t5()), (t.T5ForConditionalGeneration, t5(feed_forward_proj="gated-gelu", num_decoder_layers=1)),
+        (t.MT5ForConditionalGeneration, t.MT5Config(d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16, vocab_size=160)),
         (t.WhisperForConditionalGeneration, whisper), (t.ViTModel, vit), (t.ViTForImageClassification, vit), (t.CLIPModel, clip),
         (t.Qwen2_5_VLForConditionalGeneration, qwen25), (t.Qwen2VLForConditionalGeneration, qwen2), (t.Gemma3ForConditionalGeneration, gemma3),
     ]  # fmt: skip

@@ -49,11 +49,53 @@ def measure_training(me: Any, plan: Any, steps: int = 3) -> dict[str, Any]:
     return {"after": after, "peaks": trace.peaks, "storages": sorted(sizes.values(), reverse=True)}
 
 
+def profile_training(me: Any, plan: Any, steps: int = 4) -> int:
+    """Job: the same under torch's profiler, which sees what gloo takes too: the most bytes that were live in the steps from the third on.
+
+    Two forward passes come first where a run checks that packs are kept apart.
+    """
+    import time
+
+    import torch
+    from torch.profiler import ProfilerActivity, profile
+
+    from benchmarks.memory_cpu import follow_live, list_allocations
+    from launcher.train.data import check_packing
+    from launcher.train.loop import set_lr, take_step
+    from launcher.train.loss import sum_token_loss
+    from launcher.train.methods import apply_method
+    from launcher.train.model import load_base, prepare_weights
+    from launcher.train.worker import build_engine
+
+    prepare_weights(plan)
+    torch.manual_seed(me.rank)
+    batch = _make_batch(plan)
+    profiler = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+    with profiler, tensors_let_go():
+        engine = build_engine(plan, apply_method(load_base(plan, "cpu"), plan), me)
+        if plan.recipe.data.packing:
+            check_packing(engine.module)
+        for step in range(1, steps + 1):
+            if step == 3:
+                third = time.time_ns()
+            set_lr(engine, 1e-4)
+            loss = sum_token_loss(engine, batch)
+            engine.backward(loss)
+            take_step(engine, _nothing)
+            del loss
+    engine.destroy()
+    return max(live for moment, live in follow_live(list_allocations(profiler)) if moment >= third)
+
+
 def _make_batch(plan: Any) -> dict[str, Any]:
     import torch
 
     rows, columns = plan.batch.micro_batch_size, plan.recipe.data.seq_len
     ids = torch.randint(5, plan.shape.vocab_size - 5, (rows, columns))
+    if plan.shape.is_pair:
+        mask, target = torch.ones_like(ids), torch.randint(5, plan.shape.vocab_size - 5, (rows, plan.recipe.data.target_len))
+        mask[-1, -1] = 0  # a row that is shorter, as in most micro-batches
+        return {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": target, "labels": target.clone()}
     return {"input_ids": ids, "labels": ids.clone(), "position_ids": torch.arange(columns).expand(rows, columns).contiguous()}
 
 

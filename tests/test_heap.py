@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tiny import plan_tiny
 
-from launcher.plan.heap import LEAST_THRESHOLD, MOST_THRESHOLD, Heap, choose_threshold, replay
+from launcher.plan.heap import LEAST_THRESHOLD, MOST_THRESHOLD, Heap, choose_threshold, keep_beside, replay
 from launcher.plan.memory import make_workload
 
 MIB = 1 << 20
@@ -116,6 +116,13 @@ def test_a_hole_that_stays_is_slack() -> None:
     assert live == 9 * MIB and resident == pytest.approx(10 * MIB, rel=0.05), "the hole of 9 MiB is taken again"
     resident, live = replay([event for event in events if event[0] == "forward"] + [("backward", MIB // 4, 20)], 16 * MIB)["backward"]
     assert live == MIB + MIB // 4 and resident == pytest.approx(10 * MIB, rel=0.05), "and stays whole where little is wanted"
+
+
+def test_what_gloos_threads_keep() -> None:
+    """Two threads: of gathering no more than is not mapped by itself, of reducing two segments of a quarter of the tensor, or a MiB each."""
+    assert keep_beside(10 * MIB, 0, 2, 4 * MIB) == 8 * MIB and keep_beside(MIB, 0, 2, 4 * MIB) == 2 * MIB
+    assert keep_beside(0, MIB, 2, 4 * MIB) == MIB and keep_beside(0, 1 << 30, 2, 4 * MIB) == 4 * MIB
+    assert keep_beside(10 * MIB, MIB, 1, 4 * MIB) == 0
 
 
 def test_the_threshold_lies_above_a_layers_activations(tiny: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import random
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,8 @@ def test_the_worked_example_of_the_docs_is_the_plan_to_the_byte() -> None:
     part = params // ranks
     assert told["weights"] == 2 * part + 2 * 65 * 4096 and told["fp32 master"] == 4 * part and told["optimizer states"] == 8 * part
     assert told["gradients"] == 2 * part and told["buckets"] == 2 * 500_000_000 and told["library workspace"] == 2 * 8.125 * MIB
-    assert told["gathered parameters"] == 2 * 128_256 * 4096 and told["activation checkpoints"] == 2 * 4096 * 32 * tokens
+    assert told["gathered parameters"] == 2 * (2 * 4096**2 + 2 * 1024 * 4096 + 2 * 14_336 * 4096), "sent for, of the last layer"
+    assert told["activation checkpoints"] == 2 * 4096 * 32 * tokens
     assert told["activations"] == 6 * 4096 * tokens + 4 * tokens + tokens**2 + 4 * 128 * tokens + 8 * tokens + 512
     assert told["logits and loss"] == (12 * 128_256 + 2 * 4096) * (tokens - 1) + 512
     assert told["step workspace"] == 6 * (part - 65 * 4096 // ranks)
@@ -216,9 +218,25 @@ def test_what_zero_3_keeps_gathered_at_the_turn() -> None:
     plan = plan_of(parallel={"zero_stage": 3})
     work, sharding = make_workload(plan.recipe, plan.shape, plan.layout, plan.batch), make_sharding(plan.layout, plan.deepspeed)
     head, layer = 2 * 128_256 * 4096, 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
-    gathered = gather(work, sharding)
-    assert gathered.loss == head, "twice the head's 525M elements are beyond the reuse distance of 1e9"
-    assert gathered.backward == head + layer + 2 * 50_000_000
+    gathered, first = gather(work, sharding), gather(work, replace(sharding, forward_first=True))
+    ahead = layer - 2 * 4096 * 14336
+    assert gathered.loss == head + ahead, "the head is needed again, and the last layer's parameters were sent for but its last"
+    assert first.loss == ahead, "what DeepSpeed remembers of forward passes alone is that nothing is needed again"
+    assert gathered.forward == first.forward == layer + 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 4096 * 14336), (
+        "a layer, and 50M elements ahead"
+    )
+
+
+def test_a_host_holds_a_spare_worker_a_rank_once_a_run_steps() -> None:
+    """540 MiB were measured of a process with a worker's libraries and nothing else."""
+    plan = plan_of(parallel={"zero_stage": 3})
+    without = plan.cluster.model_copy(update={"ray": plan.cluster.ray.model_copy(update={"spare_workers": False})})
+    alone = predict_memory(plan.recipe, plan.shape, plan.layout, plan.batch, without, deepspeed=plan.deepspeed)
+    for phase in plan.memory.host_phases:
+        bare = next(other for other in alone.host_phases if other.name == phase.name)
+        stands_by = phase.name in ("optimizer step", "save")
+        assert phase.total_bytes - bare.total_bytes == (8 * 540 * MIB if stands_by else 0), phase.name
+        assert stands_by == ("spare workers" in {part.name for part in phase.components})
 
 
 # ------------------------------------------------------------------------------------------------- speed

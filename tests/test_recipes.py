@@ -46,7 +46,7 @@ SHIPPED = sorted(GALLERY.glob("*.yaml"))
 WANTED = {
     "quickstart", "gsm8k-qlora", "smollm2-135m-full", "smollm2-135m-lora", "llama-3.1-8b-lora", "llama-3.1-8b-qlora", "llama-3.1-8b-full",
     "llama-3.3-70b-qlora", "llama-3.1-405b-qlora", "qwen3-8b-lora", "qwen3-30b-a3b-lora", "mistral-7b-qlora", "gemma-3-12b-qlora", "phi-4-lora",
-    "gpt-oss-20b-lora", "tinyllama-1.1b-qlora",
+    "gpt-oss-20b-lora", "tinyllama-1.1b-qlora", "flan-t5-base-full",
 }  # fmt: skip
 WITHOUT_DATA = {"gsm8k-qlora"}
 """Recipes whose data the user brings; their heads say so."""

@@ -30,8 +30,8 @@ def steady(plan: Plan) -> int:
 
 def measured(ranks: Ranks, tiny: Path, run_dir: Path, **sections: Any) -> tuple[Plan, dict[str, Any]]:
     micro_steps = sections.pop("micro_steps", 1)
-    batch = {"global_batch_size": 2 * micro_steps * ranks.size, "micro_batch_size": 2}
-    plan = plan_tiny(tiny, run_dir, ranks=ranks.size, batch=batch, **sections)
+    sections = {"batch": {"global_batch_size": 2 * micro_steps * ranks.size, "micro_batch_size": 2}} | sections
+    plan = plan_tiny(tiny, run_dir, ranks=ranks.size, **sections)
     if plan.layout.zero_stage == 3:
         plan = plan_again(plan)
     answers = ranks.run(measure_training, plan)
@@ -75,6 +75,16 @@ def test_the_peak_of_forward_and_backward(stage: int, micro_steps: int, tiny: Pa
     assert told == pytest.approx(seen, rel=0.03)
 
 
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_bucket_comes_with_the_first_gradient(stage: int, kind: str, tiny: Path, tmp_path: Path, one_rank: Ranks) -> None:
+    """Without checkpointing most is live before there is one; of a model that is smaller than its bucket."""
+    plan, found = measured(one_rank, tiny, tmp_path / "run", method={"kind": kind}, parallel={"zero_stage": stage}, data={"packing": False},
+                           memory={"gradient_checkpointing": False}, batch={"global_batch_size": 1, "micro_batch_size": 1})  # fmt: skip
+    told = max(tensors(phases_of(plan)[name]) for name in ("forward", "loss", "backward", "reduce"))
+    assert told == pytest.approx(max(found["peaks"][name] for name in ("forward 2", "backward 2")), rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("name", "sections"),
     [("sgd", {}), ("sgd", {"momentum": 0.9}), ("adafactor", {}), ("adamw_8bit", {}), ("lion", {}), ("lion_8bit", {})],
@@ -103,6 +113,35 @@ def test_what_bitsandbytes_takes_for_a_moment_on_a_cpu(name: Any, made: str) -> 
     sizes = read_allocations(profiler)
     live = [sum(sizes[: index + 1]) for index in range(len(sizes))]
     assert max(live) == pytest.approx(UPDATE_ON_CPU[name] * weight.numel(), rel=0.01)
+
+
+@pytest.mark.parametrize("width", [2, 4], ids=["bf16", "fp32"])
+def test_what_8_bits_take_for_a_moment_on_a_cpu(width: int) -> None:
+    """A product of LLM.int8() forward and backward, against the tape's: rows are few, so that the dense weight and its copies in fp32 are the peak."""
+    import torch
+    from bitsandbytes.functional import int8_vectorwise_quant
+    from bitsandbytes.nn import Int8Params, Linear8bitLt
+    from torch.profiler import ProfilerActivity, profile
+
+    from launcher.plan.linears import Linear, linear
+    from launcher.plan.tape import Sink, Tape, Tensor, backward
+
+    dtype = {2: torch.bfloat16, 4: torch.float32}[width]
+    layer = Linear8bitLt(512, 1024, bias=False, has_fp16_weights=False, threshold=6.0)
+    code, scales, _ = int8_vectorwise_quant(torch.randn(1024, 512, dtype=torch.float16))
+    layer.weight = Int8Params(code, requires_grad=False, has_fp16_weights=False, CB=code, SCB=scales)
+    rows = torch.randn(4, 512, dtype=dtype, requires_grad=True)
+    layer(rows).sum().backward()  # the first takes the weight for its state
+    rows.grad = None
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        layer(rows).sum().backward()
+    sizes = read_allocations(profiler)
+    tape = Tape(on_cuda=False, round_to=64)
+    out = linear(tape, Tensor(tape.new(4 * 512, width).storage, 4 * 512, width, Sink()), Linear(512, 1024, width, trained=False, bits=8))
+    backward(tape, out)
+    dense = 512 * 1024 * width
+    told = max(peak for peak, _ in tape.peaks.values())
+    assert told == pytest.approx(max(sum(sizes[: index + 1]) for index in range(len(sizes))), rel=0.03) and told > dense
 
 
 def read_allocations(profiler: Any) -> list[int]:

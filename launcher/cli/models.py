@@ -96,10 +96,11 @@ def export(
         card = folder.model / "README.md"
         print_json({"model": str(folder.model)}) if as_json else print(f"{show_path(folder.model)}\n{show_path(card)} says how to load it")
         return
+    from launcher.plan import load_plan
     from launcher.train.generate import quiet_libraries
     from launcher.train.merge import merge_run
 
     quiet_libraries()
     merged = merge_run(folder, output or folder.path / "merged", dtype)
-    usage = f'AutoModelForCausalLM.from_pretrained("{show_path(merged)}") loads it'
+    usage = f'{load_plan(folder.plan).shape.auto_class}.from_pretrained("{show_path(merged)}") loads it'
     print_json({"model": str(merged)}) if as_json else print(f"{show_path(merged)}\n{usage}")

@@ -30,7 +30,7 @@ MARGIN = 0.03
 COMPONENTS = (
     "weights", "quantisation state", "adapters", "gathered parameters", "gradients", "fp32 master", "optimizer states", "buckets",
     "activation checkpoints", "activations", "logits and loss", "dequantisation workspace", "step workspace", "library workspace",
-    "allocator slack", "CUDA context", "NCCL", "libraries", "checkpoint staging", "KV cache", "merge workspace",
+    "allocator slack", "CUDA context", "NCCL", "libraries", "spare workers", "checkpoint staging", "KV cache", "merge workspace",
 )  # fmt: skip
 """Names a device's component may have, in the order tables and pictures show them."""
 PHASES = ("load", "engine start", "forward", "loss", "backward", "reduce", "optimizer step", "evaluation", "save", "resume", "merge")

@@ -162,12 +162,13 @@ def encoder_logits(run: Pass, outside: dict[str, Any], hidden: Tensor, count: in
     """BERT's and RoBERTa's head on the columns that carry loss: a layer, an activation, a norm, the words."""
     tape, bert = run.tape, run.config["model_type"] == "bert"
     chosen = gather_rows(tape, hidden, count, kept)
-    words: Parameter = outside.get("head", outside["embeddings.word_embeddings"])
     states = linear(tape, chosen, outside["cls.predictions.transform.dense" if bert else "lm_head.dense"])
     states = _activate(run, states)
     states = norm(run, states, outside, "cls.predictions.transform.LayerNorm" if bert else "lm_head.layer_norm")
-    states = matmul(tape, states, words, run.config["hidden_size"], outside["cls.predictions.bias" if bert else "lm_head.bias"])
-    return states
+    if "head" in outside:
+        return linear(tape, states, outside["head"])
+    words: Parameter = outside["embeddings.word_embeddings"]
+    return matmul(tape, states, words, run.config["hidden_size"], outside["cls.predictions.bias" if bert else "lm_head.bias"])
 
 
 # ------------------------------------------------------------------------------------------------- GPT-2 and GPT-NeoX

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from launcher.plan.plan import Plan
+from launcher.plan.speed import find_target_len
 from launcher.units import format_bytes, format_count
 
 
@@ -31,7 +32,7 @@ def describe_plan(plan: Plan) -> list[tuple[str, str]]:
         (
             "batch",
             f"{batch.global_batch_size} samples a step = micro-batch {batch.micro_batch_size} × accumulation {batch.gradient_accumulation_steps}"
-            + f" × ranks {batch.data_parallel_size}; at most {format_count(batch.global_batch_size * batch.seq_len)} tokens",
+            + f" × ranks {batch.data_parallel_size}; at most {format_count(batch.global_batch_size * (batch.seq_len + find_target_len(recipe, plan.shape)))} tokens",
         ),
         ("optimizer", f"{recipe.optim.name}, {recipe.schedule.kind} from {recipe.optim.lr:g}, {steps}"),
         (
@@ -73,6 +74,9 @@ def _describe_data(plan: Plan) -> str:
     data = plan.recipe.data
     held_out = ", ".join(source.path for source in data.eval) or (f"{data.eval_fraction:.0%} of it" if data.eval_fraction else "nothing")
     packed = "packed to" if data.packing else "at most"
+    if plan.shape.is_pair:
+        pairs = f"sources of at most {data.seq_len} tokens, targets of at most {data.target_len or data.seq_len}"
+        return f"{', '.join(source.path for source in data.train)}, held out {held_out}; {pairs}"
     loss = "answers" if data.loss_on == "assistant" else "all tokens"
     return f"{', '.join(source.path for source in data.train)}, held out {held_out}; {packed} {data.seq_len} tokens, loss on {loss}"
 

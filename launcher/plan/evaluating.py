@@ -37,6 +37,11 @@ def _profile_answering(work: Workload, recipe: Recipe) -> Evaluation:
     A prompt's tokens are not known here. A byte-level tokenizer makes at most one a byte, and those are counted.
     """
     prompt = max(len(text.encode()) for text in recipe.evaluate.samples) + len((recipe.data.system_prompt or "").encode()) + TEMPLATE_TOKENS
+    if work.shape.is_pair:
+        row = replace(work, micro_batch_size=1, seq_len=prompt, target_len=1, loss_columns=1, packed=False)
+        return Evaluation(
+            peak=profile_evaluation(row), cache=pair_cache_bytes(work.shape, prompt, recipe.evaluate.max_new_tokens, work.width)
+        )
     longest = min(prompt + recipe.evaluate.max_new_tokens, max(1, work.shape.max_positions))
     attention = "sdpa" if work.attention == "flash_attention_2" else work.attention  # as a row, not as one stream of packs
     row = replace(work, micro_batch_size=1, seq_len=min(prompt, longest), loss_columns=1, packed=False, attention=attention)
@@ -54,6 +59,13 @@ def cache_bytes(shape: ModelShape, tokens: int, width: int) -> int:
         each = kept * _widths(shape, config) * width
         total += each
     return total + each
+
+
+def pair_cache_bytes(shape: ModelShape, source: int, target: int, width: int) -> int:
+    """An encoder-decoder's row (EncoderDecoderCache): every decoder layer's keys and values of the answer, and of the source, which it reads once;
+    one layer's of the answer twice, and what the encoder gave."""
+    a_token, layers = 2 * shape.num_heads * shape.head_dim * width, shape.total_layers - shape.num_layers
+    return a_token * (layers * (source + target) + target) + source * shape.hidden_size * width
 
 
 def _widths(shape: ModelShape, config: dict[str, object]) -> int:

@@ -36,6 +36,21 @@ def choose_threshold(work: Workload) -> int:
     return min(MOST_THRESHOLD, max(LEAST_THRESHOLD, 1 << widest.bit_length()))
 
 
+GLOO_THREADS = 2
+"""Of torch's process group over gloo, for one network interface (torch 2.13, ProcessGroupGloo.cpp)."""
+
+
+GLOO_SEGMENT = MIB
+"""gloo reduces in at least two segments a rank, of so many bytes at most, and receives two of them beside the tensor (gloo, allreduce.cc, ring)."""
+
+
+def keep_beside(gathered_at_once: int, reduced_at_once: int, ranks: int, threshold: int) -> int:
+    """What the heaps of gloo's threads keep, where there are several ranks: each gathers into memory of its own and receives what it reduces, and
+    glibc gives a thread a heap of its own, whose top it keeps up to M_TRIM_THRESHOLD."""
+    received = 2 * min(GLOO_SEGMENT, reduced_at_once // (2 * ranks))
+    return GLOO_THREADS * min(threshold, max(gathered_at_once, received)) if ranks > 1 else 0
+
+
 class _Chunk:
     __slots__ = ("after", "before", "free", "offset", "size")
 

@@ -235,7 +235,7 @@ def tied(c: Config) -> bool:
 
 
 TIED_UNLESS_TOLD = frozenset({"gpt2", "opt", "bloom", "falcon", "mpt", "gemma", "gemma2", "gemma3", "gemma3_text", "smollm3", "starcoder2",
-                              "cohere", "bert", "roberta", "t5", "whisper"})  # fmt: skip
+                              "cohere", "bert", "roberta", "t5", "mt5", "whisper"})  # fmt: skip
 """Model types whose head is the embedding where config.json leaves tie_word_embeddings out (models/*/configuration_*.py)."""
 
 
@@ -262,7 +262,8 @@ def _phi(c: Config) -> Inventory:
         width = hidden // c["num_attention_heads"]
         layer += (*vector("self_attn.q_layernorm", width, True), *vector("self_attn.k_layernorm", width, True))
     return (Block("model.", table("embed_tokens", vocab, hidden)), Block("model.layers.{}.", layer, tuple(range(c["num_hidden_layers"]))),
-            Block("model.", vector("final_layernorm", hidden, True)), Block("", linear("lm_head", hidden, vocab, True)))  # fmt: skip
+            Block("model.", vector("final_layernorm", hidden, True)),
+            Block("", linear("lm_head", hidden, vocab, True)[1 if tied(c) else 0 :]))  # fmt: skip
 
 
 def _conv1d(name: str, n_in: int, n_out: int) -> tuple[Weight, ...]:

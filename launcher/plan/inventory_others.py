@@ -17,6 +17,10 @@ def make_inventory(config: Config) -> Inventory | None:
     return maker(config) if maker else make_decoder_inventory(config)
 
 
+PAIRS = frozenset({"t5", "mt5"})
+"""Encoder-decoders that are trained on pairs of a source and a target."""
+
+
 def is_known(config: Config) -> bool:
     """Whether make_inventory gives this architecture's parameters."""
     return str(config.get("model_type")) in _MAKERS or knows(str(config.get("model_type")))
@@ -56,7 +60,7 @@ def _bert(c: Config) -> Inventory:
     if pooled:
         blocks.append(Block(root, linear("pooler.dense", hidden, hidden, True)))
     if head in ("MaskedLM", "LMHead", "PreTraining", "CausalLM"):
-        decoder = () if tied(c) else (Weight("decoder.weight", (vocab, hidden), "linear"),)
+        decoder = () if tied(c) else linear("decoder", hidden, vocab, True)  # with a bias of its own, the other is not used then
         if kind == "bert":
             transform = (*linear("transform.dense", hidden, hidden, True), *vector("transform.LayerNorm", hidden, True))
             blocks.append(Block("cls.predictions.", (Weight("bias", (vocab,)), *transform, *decoder)))
@@ -74,7 +78,7 @@ def _bert(c: Config) -> Inventory:
 
 def _t5(c: Config) -> Inventory:
     hidden, inner, width = c["d_model"], c["d_ff"], c["num_heads"] * c["d_kv"]
-    gated = str(c.get("feed_forward_proj", "relu")).startswith("gated")
+    gated = is_gated(c)
     names = ("wi_0", "wi_1") if gated else ("wi",)
     buckets = c.get("relative_attention_num_buckets", 32)
 
@@ -89,12 +93,25 @@ def _t5(c: Config) -> Inventory:
     bias = table("layer.0.SelfAttention.relative_attention_bias", buckets, c["num_heads"])
     encoder = (*attention("layer.0", "SelfAttention"), *mlp("layer.1"))
     decoder = (*attention("layer.0", "SelfAttention"), *attention("layer.1", "EncDecAttention"), *mlp("layer.2"))
-    deep = c.get("num_decoder_layers") or c["num_layers"]
     head = () if tied(c) else (Block("", linear("lm_head", hidden, c["vocab_size"])),)
     return (Block("", table("shared", c["vocab_size"], hidden)), Block("encoder.block.{}.", encoder, tuple(range(c["num_layers"]))),
             Block("encoder.block.0.", bias), Block("encoder.", vector("final_layer_norm", hidden)),
-            Block("decoder.block.{}.", decoder, tuple(range(deep))), Block("decoder.block.0.", bias),
+            Block("decoder.block.{}.", decoder, tuple(range(depth_of_decoder(c)))), Block("decoder.block.0.", bias),
             Block("decoder.", vector("final_layer_norm", hidden)), *head)  # fmt: skip
+
+
+def feed_forward(c: Config) -> str:
+    """What config.json says of a T5's MLP: "relu", "gated-gelu", or the configuration class' own default."""
+    return str(c.get("feed_forward_proj") or ("gated-gelu" if c["model_type"] == "mt5" else "relu"))
+
+
+def is_gated(c: Config) -> bool:
+    return feed_forward(c).startswith("gated")
+
+
+def depth_of_decoder(c: Config) -> int:
+    """Layers of a T5's decoder."""
+    return int(c.get("num_decoder_layers") or c["num_layers"])
 
 
 def _whisper(c: Config) -> Inventory:
@@ -239,6 +256,7 @@ _MAKERS: dict[str, Callable[[Config], Inventory]] = {
     "bert": _bert,
     "roberta": _bert,
     "t5": _t5,
+    "mt5": _t5,
     "whisper": _whisper,
     "vit": _vit,
     "clip": _clip,

@@ -70,12 +70,12 @@ def _dora(tape: Tape, x: Tensor, layer: Linear, base: Tensor | None) -> Tensor:
 
 
 def _make_change(tape: Tape, layer: Linear) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """get_lora_weight, and what its graph keeps (a checkpoint's first pass keeps nothing, its recomputation does)."""
+    """get_lora_weight, and what its graph keeps (a checkpoint's first pass and an evaluation keep nothing, a recomputation does)."""
     assert layer.down is not None and layer.up is not None
     eye = tape.new(layer.n_in**2, layer.width)
     middle = matmul(tape, eye, layer.down, layer.n_in)
     change = matmul(tape, middle, layer.up, layer.down.count // layer.n_in)
-    return change, (eye, middle) if tape.frame is None else ()
+    return change, (eye, middle) if tape.frame is None and tape.grad_enabled else ()
 
 
 def _norm_rows(tape: Tape, weight: Tensor, change: Tensor, layer: Linear) -> Tensor:
@@ -111,10 +111,19 @@ DEQUANTISING_ROWS = 1536
 
 
 def _dequantise(tape: Tape, layer: Linear) -> Tensor:
-    """The dense weight; beside it, until it is there, scales in fp32 where they are quantised themselves."""
+    """The dense weight; beside it, until it is there, scales in fp32 where they are quantised themselves.
+
+    On a CPU 8 bits are turned into 16 and multiplied in place by their rows' scales, which are in fp32: torch's TensorIterator does that in fp32,
+    with a copy of the weight and of the product (bitsandbytes' MatMul8bitFp; torch 2.13, aten/src/ATen/TensorIterator.cpp, compute_types).
+    """
+    count = layer.n_in * layer.n_out
     with counting_as(tape, DEQUANTISED):
-        scales = tape.make(layer.n_in * layer.n_out // 64 * FP32) if layer.bits == 4 and layer.double_quant else None
-        dense = tape.new(layer.n_in * layer.n_out, layer.width)
+        scales = tape.make(count // 64 * FP32) if layer.bits == 4 and layer.double_quant else None
+        dense = tape.new(count, layer.width)
+        if layer.bits == 8 and layer.width < FP32 and tape.counts_workspace and not tape.on_cuda:
+            wide = tape.make(count * FP32)
+            product = tape.make(count * FP32)
+            del wide, product
         del scales
         return dense
 

@@ -18,7 +18,7 @@ def llama4_attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Ten
     """Some layers turn queries and keys and norm them; the others scale queries by position."""
     tape, c = run.tape, run.config
     query, key, value = (linear(tape, hidden, block[f"self_attn.{name}_proj"]) for name in ("q", "k", "v"))
-    scales = None
+    positions = scales = None
     if uses_rope(c, layer):
         query, key = turn_complex(tape, query, key, run.tables[""][0])
         if c.get("use_qk_norm", True):
@@ -28,12 +28,11 @@ def llama4_attention(run: Pass, block: Block, layer: int, hidden: Tensor) -> Ten
         positions = tape.new(run.columns, 8)
         scales = tape.new(run.columns, FP32)
         query = cast(tape, mul_table(tape, query, scales), query.width)
-        del positions
     at = Heads(rows=run.rows, queries=run.columns, keys=run.columns, heads=c["num_attention_heads"], kv_heads=kv_heads(c), width=head_dim(c),
                value_width=head_dim(c))  # fmt: skip
     mixed = attend(run, query, key, value, run.masks[layer_type(c, layer)], at)
     mixed = linear(tape, mixed, block["self_attn.o_proj"])
-    del scales
+    del positions, scales
     return mixed
 
 

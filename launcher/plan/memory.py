@@ -8,26 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from launcher.cluster import Cluster
-from launcher.plan.allocator import replay as replay_allocator
 from launcher.plan.batch import BatchPlan
-from launcher.plan.budget import COMPONENTS, Component, FigureName, MemoryPlan, Phase, Provenance
+from launcher.plan.budget import COMPONENTS, Component, MemoryPlan, Phase, Provenance
 from launcher.plan.decoder import CLOSED_FORMS
 from launcher.plan.evaluating import Evaluation, profile_evaluating
 from launcher.plan.fused import FUSED
-from launcher.plan.gathering import Gathered, gather
-from launcher.plan.heap import PIECE_LIFE, choose_threshold
-from launcher.plan.heap import replay as replay_heap
+from launcher.plan.gathering import Gathered, find_peaks, gather, gathering_step, gathers, largest_at_once
+from launcher.plan.heap import choose_threshold, keep_beside
 from launcher.plan.host import make_disk, make_host_phases, make_network, make_staging, save_beside
 from launcher.plan.layout import Layout
 from launcher.plan.merging import make_merge_phases
 from launcher.plan.products import predict_objects, predict_products
 from launcher.plan.profile import Peak, StepProfile, bound_step, profile_step
-from launcher.plan.shape import ModelShape
+from launcher.plan.shape import ModelShape, as_llama
+from launcher.plan.slack import Held, add_bytes, make_heap_slack, make_slack, part
+from launcher.plan.speed import find_target_len
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states
-from launcher.plan.timeline import ITERATIONS, Event, Story, flushes_in_backward, tell_step
+from launcher.plan.timeline import flushes_in_backward, tell_step
 from launcher.plan.trainable import OTHERS, as_trained
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
@@ -101,6 +101,7 @@ def count_trainable(recipe: Recipe, shape: ModelShape) -> int:
 def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan) -> Workload:
     """What one rank computes in a micro-step."""
     flat, shape = layout.packs_flat, as_trained(shape)
+    target_len = find_target_len(recipe, shape)
     return Workload(
         shape=shape,
         method=method_facts(recipe),
@@ -112,14 +113,20 @@ def make_workload(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
         micro_batch_size=batch.micro_batch_size,
         seq_len=batch.seq_len,
         # The last position predicts nothing. Which others carry no loss is in the data, so all are counted.
-        loss_columns=(batch.micro_batch_size * batch.seq_len if flat else batch.seq_len) - 1,
+        loss_columns=target_len or (batch.micro_batch_size * batch.seq_len if flat else batch.seq_len) - 1,
+        target_len=target_len,
         # Padding is a sequence of its own (train/data.py), and needs the mask that packs do.
         packed=bool(recipe.data.packing) or batch.micro_batch_size > 1,
         fused=layout.liger_kernel and shape.model_type in FUSED,
     )
 
 
-def make_sharding(layout: Layout, deepspeed: Mapping[str, Any]) -> Sharding:
+def begins_forward(recipe: Recipe) -> bool:
+    """Whether a run evaluates, or checks that a model keeps packed examples apart (train/data.py), before it trains."""
+    return bool(recipe.data.packing or recipe.data.eval or recipe.data.eval_fraction)
+
+
+def make_sharding(layout: Layout, deepspeed: Mapping[str, Any], *, forward_first: bool = False) -> Sharding:
     """The buffers and thresholds of a DeepSpeed configuration."""
     zero = deepspeed["zero_optimization"]
     return Sharding(
@@ -127,7 +134,8 @@ def make_sharding(layout: Layout, deepspeed: Mapping[str, Any]) -> Sharding:
         offload_optimizer=layout.offload_optimizer, offload_param=layout.offload_param,
         prefetch=zero.get("stage3_prefetch_bucket_size", 0), persistence=zero.get("stage3_param_persistence_threshold", 0),
         max_reuse=zero.get("stage3_max_reuse_distance", 0), sub_group=zero.get("sub_group_size", 1_000_000_000), zero_init=layout.zero_init,
-        leaf_modules=layout.leaf_modules, nvme=layout.nvme_path is not None,
+        leaf_modules=layout.leaf_modules, nvme=layout.nvme_path is not None, efficient_linear=zero.get("memory_efficient_linear", True),
+        forward_first=forward_first,
     )  # fmt: skip
 
 
@@ -154,7 +162,8 @@ def predict_memory(
     `work` is what a rank computes, and `states` what it holds, where they are not this launcher's loop's and DeepSpeed's.
     """
     overheads = overheads or choose_overheads(cluster.device_name)
-    work, sharding = work or make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
+    sharding = make_sharding(layout, deepspeed, forward_first=begins_forward(recipe))
+    work = work or make_workload(recipe, shape, layout, batch)
     counts = count_states(work)
     states = states or make_states(
         counts, sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
@@ -169,12 +178,15 @@ def predict_memory(
         acting, keep_gradients=parts.keeps, gradients_exist=parts.keeps and batch.gradient_accumulation_steps > 1, exact=replay
     )
     evaluating = _profile_evaluating(recipe, shape, layout, batch, acting, profile)
-    phases = _make_phases(parts, profile, evaluating, known=known)
+    exact = gathers(sharding) and replay and not profile.is_traced
+    phases = _make_phases(parts, profile, evaluating, _gather_beside(parts, profile, exact=exact), known=known)
     story = tell_step(parts.acting, states, sharding, parts.keeps, batch.gradient_accumulation_steps) if replay else None
     if story is not None and layout.accelerator == "cpu":
-        slack = _make_heap_slack(phases, story, choose_threshold(work))
+        threshold = choose_threshold(work)
+        beside = keep_beside(largest_at_once(parts.acting, sharding), states.reduce_copy, sharding.ranks, threshold)
+        slack = make_heap_slack(phases, story, threshold, beside)
     else:
-        slack = _make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
+        slack = make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
     finished = tuple(
         Phase(name=name, components=_finish(components, slack[name], work, overheads, sharding, name))
         for name, components in phases.items()
@@ -185,7 +197,7 @@ def predict_memory(
     if layout.accelerator == "cpu":
         finished = save_beside(finished, staging)
     host = make_host_phases(recipe, shape, layout, states, counts, finished, overheads.libraries, overheads.libraries_error,
-                             profile.host_checkpoints, staging)  # fmt: skip
+                             profile.host_checkpoints, staging, cluster.ray.spare_workers)  # fmt: skip
     merging = make_merge_phases(work, counts, libraries=overheads.libraries, libraries_error=overheads.libraries_error,
                                 context=overheads.context, context_error=overheads.context_error)  # fmt: skip
     return MemoryPlan(
@@ -207,7 +219,7 @@ def _flatten_where_there_is_room(states: States, limit: int, *, on_device: bool)
 
 def has_closed_form(shape: ModelShape) -> bool:
     """Whether the micro-step of this model is told exactly."""
-    return shape.is_known and shape.model_type in CLOSED_FORMS
+    return shape.is_known and (shape.model_type in CLOSED_FORMS or shape.is_pair)
 
 
 def _choose_profile(work: Workload, keep_gradients: bool, tracer: Tracer | None) -> tuple[StepProfile | None, Workload, list[str]]:
@@ -231,7 +243,7 @@ def _choose_profile(work: Workload, keep_gradients: bool, tracer: Tracer | None)
 
 def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan, *, deepspeed: Mapping[str, Any]) -> int:
     """Bytes of a device that the run needs at least: what it holds, at the step, while it loads, and with activations that cannot be fewer."""
-    work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed)
+    work, sharding = make_workload(recipe, shape, layout, batch), make_sharding(layout, deepspeed, forward_first=begins_forward(recipe))
     states = make_states(
         count_states(work), sharding, width=work.width, optimizer=recipe.optim.name, momentum=bool(recipe.optim.momentum),
         micro_steps=batch.gradient_accumulation_steps, on_cpu=work.device == "cpu",
@@ -247,14 +259,6 @@ def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
         bound_step(work, two, three, keep_gradients=parts.keeps, gradients_exist=parts.keeps and several) if has_closed_form(shape) else 0
     )
     return max(held + states.gradients + step, held + states.step_peak, loading)
-
-
-def as_llama(shape: ModelShape) -> ModelShape:
-    """A Llama of the same widths and depth."""
-    config = {"model_type": "llama", "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size,
-              "num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads,
-              "head_dim": shape.head_dim, "vocab_size": shape.vocab_size, "tie_word_embeddings": shape.tied_embeddings}  # fmt: skip
-    return replace(shape, model_type="llama", config=config)
 
 
 @dataclass(slots=True)
@@ -274,12 +278,10 @@ class Parts:
         """Whether gradients stay in their parameters until the step."""
         return self.sharding.stage < 2
 
-
-Held = list[Component]
-
-
-def part(name: str, size: int, provenance: Provenance = "exact", error: float = 0.0, counts_in: FigureName = "allocated") -> Component:
-    return Component(name=name, bytes=size, provenance=provenance, error=error, counts_in=counts_in)
+    @property
+    def gradients_exist(self) -> bool:
+        """Whether a micro-step before has left gradients in the parameters."""
+        return self.keeps and self.micro_steps > 1
 
 
 def _profile_evaluating(
@@ -301,7 +303,26 @@ def _profile_evaluating(
     )
 
 
-def _make_phases(parts: Parts, profile: StepProfile, evaluating: Evaluation | None, *, known: bool) -> dict[str, Held]:
+MicroStepPhase = Literal["forward", "loss", "early backward", "backward"]
+
+
+def _gather_beside(parts: Parts, profile: StepProfile, *, exact: bool) -> dict[MicroStepPhase, int]:
+    """Bytes that ZeRO-3's gathering adds to the peak of each phase: exactly, or no more than that where a search asks for many candidates."""
+    gathered = gather(parts.acting, parts.sharding)
+    if not exact:
+        at_most = profile.is_traced  # its moments are not told
+        forward, loss, backward = (gathered.most,) * 3 if at_most else (gathered.forward, gathered.loss, gathered.backward)
+        return {"forward": forward, "loss": loss, "early backward": backward, "backward": backward}
+    peaks = find_peaks(gathering_step(parts.acting, parts.sharding, keep_gradients=parts.keeps, gradients_exist=parts.gradients_exist))
+    loss = max(peaks["loss"], peaks.get("loss backward", 0)) - sum(profile.loss.values())
+    backward = peaks.get("backward", 0) - sum(profile.backward.values())
+    return {"forward": peaks["forward"] - sum(profile.forward.values()), "loss": loss, "backward": backward,
+            "early backward": peaks.get("early backward", 0) - sum(profile.early_backward.values())}  # fmt: skip
+
+
+def _make_phases(
+    parts: Parts, profile: StepProfile, evaluating: Evaluation | None, gathering: Mapping[MicroStepPhase, int], *, known: bool
+) -> dict[str, Held]:
     work, states, sharding, counts = parts.work, parts.states, parts.sharding, parts.counts
     several = parts.micro_steps > 1
     gathered = gather(work, sharding)
@@ -322,7 +343,7 @@ def _make_phases(parts: Parts, profile: StepProfile, evaluating: Evaluation | No
     def computing(peak: Peak, whole: int) -> Held:
         return [
             *(part(name, size, provenance, error) for name, size in peak.items() if size),
-            part("gathered parameters", whole, "source", 0.3),
+            part("gathered parameters", whole, "source", 0.1),
         ]
 
     # A second flush of the bucket in backward finds the rank's own part already there.
@@ -337,10 +358,11 @@ def _make_phases(parts: Parts, profile: StepProfile, evaluating: Evaluation | No
         "load": [*_loading(parts, gathered), part("step workspace", _start_adapters(parts), "source", 0.5)],
         "engine start": [*weights, part("fp32 master", states.master), *always, *(gradients if sharding.stage == 3 else []),
                          part("step workspace", start, "source", 0.05)],
-        "forward": [*held, *gradients, *early, *computing(profile.forward, gathered.forward)],
-        "loss": [*held, *gradients, *early, *computing(profile.loss, gathered.loss)],
-        "backward": [*held, *gradients, *bucket, part("gradients", mine, "source"), part("step workspace", copied, "source", 0.05),
-                     *computing(profile.backward, gathered.backward)],
+        "forward": [*held, *gradients, *early, *computing(profile.forward, gathering["forward"])],
+        "loss": [*held, *gradients, *early, *computing(profile.loss, gathering["loss"])],
+        "backward": max([*held, *gradients, *bucket, part("gradients", mine, "source"), part("step workspace", copied, "source", 0.05),
+                         *computing(profile.backward, gathering["backward"])],
+                        [*held, *gradients, *early, *computing(profile.early_backward, gathering["early backward"])], key=add_bytes),
         "reduce": [*held, *gradients, *bucket, part("gradients", left + mine, "source"), part("step workspace", states.reduce_copy, "source", 0.05)],
         "optimizer step": [*held, *step_gradients, *always, part("step workspace", states.step_peak, "source", 0.05)],
         "evaluation": [*held, *always, *(gradients if sharding.stage == 3 else []),
@@ -373,7 +395,7 @@ def _exported_at_once(parts: Parts, gathered: Gathered) -> int:
     return 2 * max(gathered.largest, parts.work.width * min(EXPORT_ELEMENTS, wanted))
 
 
-NOTHING_GATHERED = Gathered(forward=0, loss=0, backward=0, largest=0, largest_layer=0)
+NOTHING_GATHERED = Gathered(forward=0, loss=0, backward=0, most=0, largest=0, largest_layer=0)
 
 
 def _loading(parts: Parts, gathered: Gathered) -> Held:
@@ -390,55 +412,6 @@ def _loading(parts: Parts, gathered: Gathered) -> Held:
     turning = 2 * work.width * counts.largest_quantised
     return [part("weights", base + counts.packed_bytes), part("quantisation state", counts.quant_state_bytes),
             part("adapters", work.width * counts.adapters), part("dequantisation workspace", turning, "source", 0.5)]  # fmt: skip
-
-
-def _make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, limit: int, *, alike: bool) -> dict[str, Component]:
-    """What the allocator reserves beyond what is allocated: replayed on a device of `limit` bytes, or a share where it is not.
-
-    `alike`: the story is of the very bytes that the phases hold; otherwise the share that is reserved beyond its own is taken.
-    """
-    if story is None:
-        return {
-            name: part("allocator slack", int(0.06 * sum(c.bytes for c in parts)), "assumed", 1.0, "reserved")
-            for name, parts in phases.items()
-        }
-    least = max(sum(c.bytes for c in parts) for parts in phases.values())
-    beside = [sum(_reserve(events, mode) for events in story.side) for mode in (False, True)]
-    limit -= max(beside)
-    within = limit if limit > least else None  # what cannot fit shows what it would take
-    native, growing = (replay_allocator(story.events, expandable=mode, limit=within) for mode in (False, True))
-    chosen = growing if expandable else native
-    slack: dict[str, Component] = {}
-    reserved = 0
-    for name, parts in phases.items():
-        told = story.phase_of(name)
-        reserved = chosen[told][0] if told in chosen else reserved
-        aside = beside[expandable] if name not in ("load", "engine start", "resume") else 0
-        held = sum(c.bytes for c in parts)
-        exact = alike or told not in chosen
-        size = max(0, reserved + aside - held) if exact else int(held * (reserved / max(1, chosen[told][1]) - 1))
-        # How far apart the allocator's two modes are says how much this depends on the order of events.
-        spread = max(0.02 * reserved, abs(native[told][0] - growing[told][0] + beside[0] - beside[1]) / 2 if told in native else 0)
-        if within is not None:  # near the limit torch gives cached segments back: slack alone does not pass it by more
-            spread = min(spread, max(0.02 * reserved, within - reserved))
-        slack[name] = part("allocator slack", size, "source", spread / size if size else 0.0, "reserved")
-    return slack
-
-
-def _make_heap_slack(phases: dict[str, Held], story: Story, threshold: int) -> dict[str, Component]:
-    """What glibc's heap keeps in holes, replayed (heap.py). What an earlier phase left stays, so each has the most until then."""
-    allocations = sum(1 for phase, size, _ in story.events if size > 0 and phase not in ("load", "engine start")) // ITERATIONS
-    peaks = replay_heap(story.events, threshold, piece_life=int(PIECE_LIFE * allocations))
-    slack: dict[str, Component] = {}
-    for name in phases:
-        resident, live = peaks.get(story.phase_of(name), (0, 0))
-        slack[name] = part("allocator slack", max(0, resident - live), "fitted", 0.5, "reserved")
-    return slack
-
-
-def _reserve(events: list[Event], expandable: bool) -> int:
-    """What a stream of its own reserves."""
-    return max((reserved for reserved, _ in replay_allocator(events, expandable=expandable).values()), default=0)
 
 
 def _finish(

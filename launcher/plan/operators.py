@@ -221,10 +221,11 @@ def dropout(tape: Tape, x: Tensor, p: float) -> Tensor:
     if tape.on_cuda:
         out = tape.new(count, width)
         mask = tape.new(count, 1)
-    else:
+        kept = tape.save(mask) if x.node is not None else None
+    else:  # a product with the noise, which it keeps before its output is there
         mask = tape.new(count, width)
+        kept = tape.save(mask) if x.node is not None else None
         out = tape.new(count, width)
-    kept = tape.save(mask) if x.node is not None else None
 
     def run(grad: Storage) -> tuple[Storage]:
         assert kept is not None

@@ -22,7 +22,7 @@ from launcher.plan.memory import Tracer, count_trainable, has_closed_form, hold_
 from launcher.plan.shape import ModelShape, load_shape, read_text_part
 from launcher.plan.solve import Choice, Floor, Predict, choose, describe_choice, make_candidates
 from launcher.plan.source import find_missing_weights, locate_config
-from launcher.plan.trainable import list_oddities, settle_attention, settle_packing
+from launcher.plan.trainable import check_pairs, list_oddities, settle_attention, settle_dtype, settle_packing
 from launcher.recipe import Recipe
 from launcher.units import DTYPE_BYTES, format_bytes
 
@@ -155,6 +155,7 @@ def make_explained_plan(
     if tracer is not None and not shape.is_known:
         shape = tracer.count(shape)
     _check_length(recipe, shape)
+    check_pairs(recipe, shape)
     ranks = cluster.nodes * cluster.workers_per_node
     check_batch(global_batch_size=recipe.batch.global_batch_size, micro_batch_size=recipe.batch.micro_batch_size, ranks=ranks)
     trainable = count_trainable(recipe, shape)
@@ -163,6 +164,7 @@ def make_explained_plan(
             [Fault("plan", "method", f"trains no parameter of this {shape.model_type}", "check target_modules, last_layers or patterns")]
         )
     recipe, settled = settle_packing(recipe, shape, cluster)
+    recipe, widened = settle_dtype(recipe, shape, cluster)
     recipe, limited = _settle_budget(recipe, cluster)
     choice = make_choice(recipe, shape, cluster)
     recipe, batch, asked = choice.taken.recipe, choice.taken.batch, recipe
@@ -170,7 +172,7 @@ def make_explained_plan(
     _check_loss(recipe, shape)
     if trainable == 0:
         notes.append(f"trained parameters: not counted here, because the launcher does not know how a {shape.model_type} names its layers")
-    notes += settled + limited + describe_choice(asked, choice)
+    notes += settled + widened + limited + describe_choice(asked, choice)
     if recipe.optim.name == "adafactor" and layout.zero_stage:
         notes.append("adafactor: ZeRO hands it flat partitions, so its second moment is not factored (4 bytes a parameter)")
     adapters = trainable if recipe.method.kind in ("lora", "qlora") else 0

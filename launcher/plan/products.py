@@ -38,12 +38,19 @@ def count_products(work: Workload) -> int:
     columns = work.micro_batch_size * work.loss_columns
     for block in shape.inventory:
         for weight in block.weights:
-            head = is_head(block.prefix, weight) or (shape.tied_embeddings and "embed" in weight.name)
+            head = is_head(block.prefix, weight) or (shape.tied_embeddings and ("embed" in weight.name or weight.name == "shared.weight"))
             if len(weight.shape) < 2 or not (weight.matrix or head):  # a head's bias is a vector
                 continue
             n_in, n_out = weight.fan
             rows = columns if head else tokens
-            trained = any(method.trains_base(block.prefix.format(layer) + weight.name, shape.num_layers) for layer in block.layers or (0,))
+            if (
+                shape.is_pair
+                and block.prefix.startswith("decoder.")
+                and not weight.name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))
+            ):
+                rows = columns  # a target's
+            names = [block.prefix.format(layer) + weight.name for layer in block.layers or (0,)]
+            trained = any(method.trains_base(name, shape.depth_of(name)) for name in names)
             add("", rows, n_in, n_out, trained=trained)
             rank = adapter_rank(shape.model_type, block.prefix, weight, method.r, method.target_modules) if method.r else 0
             if rank:
@@ -74,4 +81,4 @@ def predict_objects(work: Workload) -> int:
         block.repeats for block in shape.inventory for weight in block.weights
         if method.r and adapter_rank(shape.model_type, block.prefix, weight, method.r, method.target_modules)
     )  # fmt: skip
-    return WORKER_OBJECTS + LAYER_OBJECTS * shape.num_layers + ADAPTER_OBJECTS * adapted
+    return WORKER_OBJECTS + LAYER_OBJECTS * shape.total_layers + ADAPTER_OBJECTS * adapted

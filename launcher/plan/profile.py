@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from launcher.plan.forward import layer_type, uses_rope
@@ -27,6 +27,9 @@ class StepProfile:
     forward: Peak
     loss: Peak
     backward: Peak
+    """Once a trained weight has its gradient."""
+    early_backward: Peak = field(default_factory=dict)
+    """Before that."""
     host_checkpoints: int = 0
     """Checkpoints that were moved to host memory."""
     is_traced: bool = False
@@ -38,14 +41,16 @@ def profile_step(work: Workload, *, keep_gradients: bool, gradients_exist: bool 
     layers, period = work.shape.num_layers, find_period(work.shape)
     shallow = FEWEST_LAYERS + (layers - FEWEST_LAYERS) % period
     deep = shallow + 2
-    if exact or layers <= 2 * deep or period > 2:
+    uneven = work.shape.is_pair and work.shape.total_layers != 2 * layers
+    if exact or layers <= 2 * deep or period > 2 or uneven:
         return _profile(work, None, keep_gradients, gradients_exist)
     few, more = (_profile(work, depth, keep_gradients, gradients_exist) for depth in (shallow, deep))
 
     def extend(few: Peak, more: Peak) -> Peak:
-        return {kind: more[kind] + (more[kind] - few[kind]) * (layers - deep) // (deep - shallow) for kind in more}
+        return {kind: more[kind] + (more[kind] - few[kind]) * (layers - deep) // (deep - shallow) for kind in more if kind in few}
 
     return StepProfile(forward=extend(few.forward, more.forward), loss=extend(few.loss, more.loss), backward=extend(few.backward, more.backward),
+                       early_backward=extend(few.early_backward, more.early_backward),
                        host_checkpoints=extend({"": few.host_checkpoints}, {"": more.host_checkpoints})[""])  # fmt: skip
 
 
@@ -86,9 +91,9 @@ def _profile(work: Workload, layers: int | None, keep_gradients: bool, gradients
     else:
         tape = run_step(work, layers, keep_gradients=keep_gradients, gradients_exist=gradients_exist)
     peaks = tape.peaks
-    loss = max((peaks["loss"], peaks["loss backward"]), key=lambda peak: peak[0])
-    return StepProfile(forward=_by_kind(peaks["forward"]), loss=_by_kind(loss), backward=_by_kind(peaks.get("backward", peaks["loss backward"])),
-                       host_checkpoints=tape.on_host)  # fmt: skip
+    loss = max((peaks[name] for name in ("loss", "loss backward") if name in peaks), key=lambda peak: peak[0])
+    return StepProfile(forward=_by_kind(peaks["forward"]), loss=_by_kind(loss), backward=_by_kind(peaks.get("backward", loss)),
+                       early_backward=_by_kind(peaks["early backward"]) if "early backward" in peaks else {}, host_checkpoints=tape.on_host)  # fmt: skip
 
 
 @lru_cache(maxsize=512)

@@ -14,7 +14,7 @@ from typing import Any
 from launcher.errors import ModelError
 from launcher.plan.gguf import read_gguf_header
 from launcher.plan.inventory import HEAD_DIM, TIED_UNLESS_TOLD, Inventory, Weight
-from launcher.plan.inventory_others import COUNTED, GEMMA3_TEXT, is_known, make_inventory
+from launcher.plan.inventory_others import COUNTED, GEMMA3_TEXT, PAIRS, depth_of_decoder, is_gated, is_known, make_inventory
 from launcher.plan.known import find_known
 from launcher.plan.source import ModelSource
 
@@ -69,6 +69,25 @@ class ModelShape:
                 "head_dim": self.head_dim, "vocab_size": self.vocab_size, "tie_word_embeddings": self.tied_embeddings}  # fmt: skip
 
     @property
+    def is_pair(self) -> bool:
+        """Whether it is an encoder-decoder that is trained on pairs of a source and a target."""
+        return self.model_type in PAIRS
+
+    @property
+    def auto_class(self) -> str:
+        """The class of transformers that builds what the launcher trains."""
+        return "AutoModelForSeq2SeqLM" if self.is_pair else "AutoModelForCausalLM"
+
+    def depth_of(self, name: str) -> int:
+        """Layers of the stack that a parameter of this name is in."""
+        return depth_of_decoder(self.config) if self.is_pair and name.startswith("decoder.") else self.num_layers
+
+    @property
+    def total_layers(self) -> int:
+        """Of both stacks, where there are two."""
+        return self.num_layers + (depth_of_decoder(self.config) if self.is_pair else 0)
+
+    @property
     def layer_params(self) -> int:
         """Parameters of the largest layer."""
         return max((block.count for block in self.inventory if block.layers), default=0)
@@ -95,7 +114,7 @@ class ModelShape:
             weight.count
             for block in self.inventory
             for name, weight in block.names()
-            if is_trained(name, self.num_layers, last_layers, patterns)
+            if is_trained(name, self.depth_of(name), last_layers, patterns)
         )
 
 
@@ -239,11 +258,13 @@ def shape_of_config(whole: dict[str, Any], path: Path) -> ModelShape:
         num_kv_heads=need("num_key_value_heads", otherwise=heads),
         head_dim=need("head_dim", "d_kv", otherwise=width or hidden // heads),
         vocab_size=need("vocab_size", otherwise=1 if sees else None),
-        max_positions=need(
-            "max_position_embeddings", "n_positions", "max_target_positions", otherwise=1 if sees else 1 << 30 if kind == "t5" else None
-        ),
+        max_positions=need("max_position_embeddings", "n_positions", "max_target_positions", otherwise=1 if sees else None)
+        if kind not in PAIRS
+        else UNBOUNDED,
         tied_embeddings=bool(config.get("tie_word_embeddings", kind in TIED_UNLESS_TOLD)),
-        gated_mlp=kind not in ("gpt2", "opt", "gpt_neox", "phi", "starcoder2", "bert", "roberta", "whisper", "vit", "clip"),
+        gated_mlp=is_gated(config)
+        if kind in PAIRS
+        else kind not in ("gpt2", "opt", "gpt_neox", "phi", "starcoder2", "bert", "roberta", "whisper", "vit", "clip"),
         has_chat_template=_has_chat_template(path.parent),
         config=kept,
     )
@@ -257,6 +278,8 @@ _COUNTS = re.compile(r"(num|n)_.*|.*_(size|dim|rank|heads|layers|experts|tok|ste
 """Keys whose values are whole numbers, not below 0, in every architecture that the launcher knows; some may be null, or lists."""
 _PERIODS = ("sliding_window_pattern", "decoder_sparse_step", "interleave_moe_layer_step")
 """Of these, what layers are counted by."""
+UNBOUNDED = 1 << 30
+"""Positions of a model that counts them from each other, as T5 does: its n_positions is what it was trained with."""
 MOST_LAYERS = 10_000
 """The deepest that was published has 1,000 (DeepNet); an absurd number would take a dry run minutes to count."""
 
@@ -311,6 +334,14 @@ def _checked(shape: ModelShape, path: Path) -> ModelShape:
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise ModelError(f"{path}: the parameters of a {shape.model_type} do not follow from it ({error})", "the file is damaged") from None
     return shape
+
+
+def as_llama(shape: ModelShape) -> ModelShape:
+    """A Llama of the same widths and depth."""
+    config = {"model_type": "llama", "hidden_size": shape.hidden_size, "intermediate_size": shape.intermediate_size,
+              "num_hidden_layers": shape.num_layers, "num_attention_heads": shape.num_heads, "num_key_value_heads": shape.num_kv_heads,
+              "head_dim": shape.head_dim, "vocab_size": shape.vocab_size, "tie_word_embeddings": shape.tied_embeddings}  # fmt: skip
+    return replace(shape, model_type="llama", config=config)
 
 
 def keep_shape(config: dict[str, Any]) -> dict[str, Any]:

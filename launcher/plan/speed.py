@@ -62,7 +62,7 @@ class Speed:
 
 def estimate_step(recipe: Recipe, shape: ModelShape, layout: Layout, batch: BatchPlan, device: Device, trained: int) -> Speed:
     """The time of a step without its part in a whole run. `trained` counts parameters that receive gradients."""
-    micro_tokens = batch.micro_batch_size * batch.seq_len
+    micro_tokens = batch.micro_batch_size * (batch.seq_len + find_target_len(recipe, shape))
     parts = _time_micro_step(recipe, shape, layout, device, micro_tokens, trained)
     accumulation = batch.gradient_accumulation_steps
     network = accumulation * parts["network"] if layout.zero_stage >= 2 else parts["network"]
@@ -76,7 +76,7 @@ def estimate_step(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
     busy = max(times["compute"] + times["memory"], times["launches"])
     # DeepSpeed overlaps communication with computation under stage 3 alone (plan/deepspeed.py).
     step_s = (max(busy, times["network"]) if layout.zero_stage == 3 else busy + times["network"]) + times["host"]
-    tokens = batch.global_batch_size * batch.seq_len
+    tokens = batch.global_batch_size * (batch.seq_len + find_target_len(recipe, shape))
     needed = tokens * _flops_a_token(recipe, shape, batch.seq_len, trained)
     peak = _peak_flops(layout, device) * layout.world_size
     bound = max(times, key=lambda name: times[name])
@@ -154,28 +154,54 @@ def _sum_matrices(inventory: Inventory, expert_share: float, tied_head: int) -> 
     return _Matrices(round(met), quantised)
 
 
-def _forward_flops(shape: ModelShape, seq_len: int) -> float:
-    """Of one token: two a weight that it meets, and attention over half of the sequence on average."""
+def find_target_len(recipe: Recipe, shape: ModelShape) -> int:
+    """The longest target of an encoder-decoder's row; 0 for any other model."""
+    return (recipe.data.target_len or recipe.data.seq_len) if shape.is_pair else 0
+
+
+def _forward_flops(shape: ModelShape, seq_len: int, target_len: int) -> float:
+    """Of one token: two a weight that it meets, and attention over half of the sequence on average; of a pair's tokens the mean."""
+    if target_len:
+        return _pair_flops(shape, seq_len, target_len) / (seq_len + target_len)
     return 2.0 * _count_matrices(shape).met + 2.0 * shape.num_layers * shape.num_heads * shape.head_dim * seq_len
+
+
+def _pair_flops(shape: ModelShape, source: int, target: int) -> float:
+    """Of a source and its target: the encoder sees all of the source, the decoder all of it and half of its own."""
+    flops, width = 0.0, shape.num_heads * shape.head_dim
+    for block in shape.inventory:
+        for weight in block.weights:
+            reads_source = block.prefix.startswith("encoder.") or weight.name.endswith(
+                ("EncDecAttention.k.weight", "EncDecAttention.v.weight")
+            )
+            flops += 2.0 * weight.count * block.repeats * (source if reads_source else target) if weight.matrix else 0.0
+    if shape.tied_embeddings:
+        flops += 2.0 * shape.vocab_size * shape.hidden_size * target
+    layers = shape.total_layers - shape.num_layers
+    return flops + 4.0 * width * (shape.num_layers * source**2 + layers * (target * source + target**2 / 2))
 
 
 def _flops_a_token(recipe: Recipe, shape: ModelShape, seq_len: int, trained: int) -> float:
     """Forward, the gradient of what comes in, and the gradient of the weights that are trained."""
-    forward = _forward_flops(shape, seq_len)
+    forward = _forward_flops(shape, seq_len, find_target_len(recipe, shape))
     return 3.0 * forward if isinstance(recipe.method, Full) else 2.0 * forward + 6.0 * trained
 
 
 def _time_micro_step(recipe: Recipe, shape: ModelShape, layout: Layout, device: Device, tokens: int, trained: int) -> dict[str, float]:
     """Seconds of one forward and backward, by what they are spent on."""
     seq_len, width, ranks = recipe.data.seq_len, DTYPE_BYTES[layout.dtype], layout.world_size
-    flops = _flops_a_token(recipe, shape, seq_len, trained) + layout.gradient_checkpointing * _forward_flops(shape, seq_len)
+    target_len = find_target_len(recipe, shape)
+    learned = target_len / (seq_len + target_len) if target_len else 1.0  # of the tokens have logits
+    flops = _flops_a_token(recipe, shape, seq_len, trained) + layout.gradient_checkpointing * _forward_flops(shape, seq_len, target_len)
     share = 1.0  # a CPU's rate is what its products reach
     if layout.accelerator == "cuda":
         share = MATMUL_SHARE * tokens / (tokens + SMALL_TOKENS) * shape.hidden_size / (shape.hidden_size + SMALL_WIDTH)
     passes = 3 if layout.gradient_checkpointing else 2
     # Norms, activations and residuals are read and written a few times each; logits in fp32.
     moved = (
-        1.0 * tokens * (shape.num_layers * passes * width * (10 * shape.hidden_size + 3 * shape.intermediate_size) + 30 * shape.vocab_size)
+        1.0
+        * tokens
+        * (shape.num_layers * passes * width * (10 * shape.hidden_size + 3 * shape.intermediate_size) + 30 * learned * shape.vocab_size)
     )
     if layout.loss == "chunked":  # its logits are made once more in the backward pass
         flops += 2.0 * shape.hidden_size * shape.vocab_size
@@ -187,7 +213,7 @@ def _time_micro_step(recipe: Recipe, shape: ModelShape, layout: Layout, device: 
         weight_bytes = weights * stored + (shape.num_params - weights) * width
         share *= 1.0 if recipe.method.bits == 4 else 0.5  # LLM.int8() splits each product in two
     adapters = isinstance(recipe.method, Lora | QLora)
-    launches = shape.num_layers * passes * LAYER_OVERHEAD_S * (2 if adapters else 1)
+    launches = shape.total_layers * passes * LAYER_OVERHEAD_S * (2 if adapters else 1)
     if ranks > 1 and layout.zero_stage:
         bucket = recipe.parallel.reduce_bucket_size
         if bucket == "auto":
@@ -200,7 +226,7 @@ def _time_micro_step(recipe: Recipe, shape: ModelShape, layout: Layout, device: 
     if layout.zero_stage == 2:
         sent += trained * width / 4  # updated weights are gathered once a step; an accumulation of four is usual
     if layout.zero_stage == 3:
-        launches += shape.num_layers * passes * HOOK_OVERHEAD_S
+        launches += shape.total_layers * passes * HOOK_OVERHEAD_S
         sent += 2 * weight_bytes
     rate = device.link_rate if layout.nodes == 1 else min(device.link_rate, device.network_rate)
     return {

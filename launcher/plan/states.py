@@ -36,6 +36,10 @@ class Sharding:
     leaf_modules: bool = True
     nvme: bool = False
     """Whether what is offloaded lies on disk (stage 3)."""
+    efficient_linear: bool = True
+    """DeepSpeed's own linear layer, whose graph does not hold a gathered weight (stage 3)."""
+    forward_first: bool = False
+    """Whether a run's first passes are forward passes alone (launcher/plan/coordinator.py)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +93,7 @@ def _count_states(shape: ModelShape, method: MethodFacts) -> Counts:
                 largest = max(largest, weight.count)
                 continue
             for layer in block.layers or (0,):
-                trained = method.trains_base(block.prefix.format(layer) + weight.name, shape.num_layers)
+                trained = method.trains_base(name := block.prefix.format(layer) + weight.name, shape.depth_of(name))
                 (frozen if not trained else decayed if len(weight.shape) > 1 else spared).append(weight.count)
     return Counts(decayed=tuple(decayed), spared=tuple(spared), frozen=tuple(frozen), packed_bytes=packed, quant_state_bytes=state, adapters=adapters,
                   largest_quantised=largest, largest_adapted=adapted)  # fmt: skip

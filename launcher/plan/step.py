@@ -11,9 +11,11 @@ from launcher.plan.classic import CLASSIC, ENCODERS, classic_layer, drop_embedde
 from launcher.plan.decoder import LATENT, NORM_STYLES, decoder_layer
 from launcher.plan.forward import Pass, layer_type, rotary_width, sliding_window
 from launcher.plan.inventory import Config
+from launcher.plan.inventory_others import PAIRS
 from launcher.plan.latent import widths
 from launcher.plan.losses import chunked_loss, cross_entropy, liger_loss, project
 from launcher.plan.operators import FP32, cast, embed, gather_rows, pointwise_of_result, rms_norm, scale
+from launcher.plan.pairs import build_pair, pair_loss
 from launcher.plan.shape import name_alike, read_text_part
 from launcher.plan.tape import CHECKPOINTS, LOGITS, Parameter, Sink, Tape, Tensor, backward, checkpoint, counting_as, drop_gradient
 from launcher.plan.workload import Workload, build_block
@@ -32,10 +34,15 @@ def run_step(
     if not keep_gradients or gradients_exist:
         tape.on_gradient = drop_gradient
     config = name_alike(read_text_part(work.shape.config))
-    model = _build_model(work, config, config["num_hidden_layers"] if layers is None else layers)
-    targets, kept = tape.new(work.tokens, 8), tape.new(work.loss_columns, 8)
-    loss = _loss(Pass(tape, work, config), model, kept)
-    del targets, kept
+    # Whoever holds the weights holds their gradients.
+    pair = build_pair(work, config, layers) if config["model_type"] in PAIRS else None
+    if pair is not None:
+        loss = pair_loss(Pass(tape, work, config), pair)
+    else:
+        model = _build_model(work, config, config["num_hidden_layers"] if layers is None else layers)
+        targets, kept = tape.new(work.tokens, 8), tape.new(work.loss_columns, 8)
+        loss = _loss(Pass(tape, work, config), model, kept)
+        del targets, kept
     if train:
         backward(tape, loss)
     return tape
@@ -85,10 +92,12 @@ def _hidden_states(run: Pass, model: _Model) -> Tensor:
     # activation_checkpointing_enable asks the embedding's output for a gradient
     leaf = work.checkpointing != "off" and tape.grad_enabled
     beside: tuple[Tensor, ...] = ()
+    tape.enter_module("embedding")
     if kind in CLASSIC:
         embedded, beside = embed_tokens(run, model.outside, leaf)
     else:
         embedded = _embed(run, model, leaf)
+    tape.leave_module("embedding")
     # Checkpointed layers keep this for their recomputation; otherwise masks and tables end with the last layer.
     run.masks = _make_masks(run)
     run.tables = _make_tables(run)
@@ -100,10 +109,14 @@ def _hidden_states(run: Pass, model: _Model) -> Tensor:
     else:
         hidden = embedded
     for layer, block in enumerate(model.blocks):
+        tape.enter_module(layer)
+        hidden = tape.mark_backward(hidden, layer, ends=True)
         if work.checkpointing == "off" or not tape.grad_enabled:
             hidden = _layer(run, block, layer, hidden)
         else:
             hidden = checkpoint(tape, _layer_function(run.for_layer(layer), block, layer), hidden, offload=work.checkpointing == "offload")
+        hidden = tape.mark_backward(hidden, layer)
+        tape.leave_module(layer)
     hidden = _last_norm(run, model, hidden)
     del beside
     return hidden
@@ -161,7 +174,7 @@ def _make_masks(run: Pass) -> dict[str, Tensor | None]:
         window = {"sliding_attention": sliding_window(config), "chunked_attention": config.get("attention_chunk_size")}.get(kind)
         if kind == "sliding_attention" and config["model_type"] == "qwen2_moe" and not config.get("use_sliding_window"):
             window = 0  # its configuration says so, and a mask is made that no layer uses
-        slides = window is not None and work.seq_len > window
+        slides = window is not None and work.seq_len >= window
         packed = work.packed and config["model_type"] not in BLIND_TO_PACKS
         if work.attention == "flash_attention_2" or (work.attention == "sdpa" and not packed and not slides):
             masks[kind] = None
@@ -225,9 +238,14 @@ def _loss_of_head(run: Pass, model: _Model, kept: Tensor) -> Tensor:
     tape.enter("loss")
     with counting_as(tape, LOGITS):
         chosen, head = gather_rows(tape, hidden, rows * width, kept), _head_of(model)
+        tape.enter_module("head")
+        chosen = tape.mark_backward(chosen, "head", ends=True)
         if work.loss == "chunked":
-            return chunked_loss(tape, chosen, head, width, targets)
-        return liger_loss(tape, chosen, head if isinstance(head, Parameter) else head.weight, width)
+            loss = chunked_loss(tape, chosen, head, width, targets)
+        else:
+            loss = liger_loss(tape, chosen, head if isinstance(head, Parameter) else head.weight, width)
+        tape.leave_module("head")
+        return tape.mark_backward(loss, "head")
 
 
 def _head_of(model: _Model) -> Any:
@@ -245,7 +263,10 @@ def _logits(run: Pass, model: _Model, kept: Tensor) -> Tensor:
         if config["model_type"] in ENCODERS:
             return encoder_logits(run, model.outside, hidden, count, kept)
         chosen = gather_rows(tape, hidden, count, kept)
-        logits = project(tape, chosen, _head_of(model), config["hidden_size"])
+        tape.enter_module("head")
+        logits = project(tape, tape.mark_backward(chosen, "head", ends=True), _head_of(model), config["hidden_size"])
+        logits = tape.mark_backward(logits, "head")
+        tape.leave_module("head")
         if config["model_type"] == "granite":
             return scale(tape, logits)
         if config.get("final_logit_softcapping") is not None:

@@ -15,6 +15,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from launcher.plan.reductions import sum_of_rows_workspace
@@ -37,11 +38,21 @@ KINDS = (
 Gradient = "Storage | None"
 
 
+@dataclass(slots=True)
+class Mark:
+    """Where among the events a module is entered and left; its backward pass too."""
+
+    direction: str
+    module: int | str
+    entering: int
+    leaving: int | None = None
+
+
 class Tape:
     """The one who counts. `peaks` holds, phase by phase, the most that was live and how it was made up."""
 
-    __slots__ = ("accumulates_in_place", "counts_workspace", "events", "frame", "fused", "on_cuda", "grad_enabled", "kind", "live", "next_id", "now", "on_gradient",
-                 "on_host", "peaks", "phase", "recomputing", "reentrant", "round_to", "sequence", "top", "training", "unpacked")  # fmt: skip
+    __slots__ = ("accumulates_in_place", "counts_workspace", "events", "frame", "fused", "on_cuda", "grad_enabled", "kind", "live", "marks", "next_id", "now", "on_gradient",
+                 "has_gradients", "on_host", "peaks", "phase", "recomputing", "reentrant", "round_to", "sequence", "top", "training", "unpacked")  # fmt: skip
 
     def __init__(
         self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True, on_cuda: bool = True, counts_workspace: bool = True, training: bool = True,
@@ -50,6 +61,8 @@ class Tape:
         self.fused = fused  # Liger's kernels in place of torch's
         self.reentrant = reentrant  # torch.utils.checkpoint(use_reentrant=True): a recomputation runs to its end, and its output stays
         self.now = self.on_host = 0
+        self.has_gradients = False
+        self.marks: list[Mark] = []
         self.live = [0] * len(KINDS)
         self.peaks: dict[str, tuple[int, list[int]]] = {}
         self.events: list[tuple[str, int, int]] | None = [] if record else None
@@ -73,6 +86,30 @@ class Tape:
         """From here on, peaks are this phase's."""
         self.phase = phase
         self.top, _ = self.peaks.get(phase, (0, []))
+
+    def enter_module(self, module: int | str, direction: str = "forward") -> None:
+        """From here on, what is computed is this module's: ZeRO-3 gathers it here. Its backward pass is marked by `mark_backward`."""
+        if self.events is not None:
+            self.marks.append(Mark(direction, module, len(self.events)))
+
+    def leave_module(self, module: int | str, direction: str = "forward") -> None:
+        if self.events is not None:
+            for mark in reversed(self.marks):
+                if (mark.direction, mark.module) == (direction, module):
+                    mark.leaving = len(self.events)
+                    return
+
+    def mark_backward(self, x: Tensor, module: int | str, *, ends: bool = False) -> Tensor:
+        """The same tensor, at whose gradient a module's backward pass begins, or ends."""
+        if self.events is None or x.node is None or not self.grad_enabled:
+            return x
+        note = self.leave_module if ends else self.enter_module
+
+        def run(grad: Storage) -> tuple[Storage]:
+            note(module, "backward")
+            return (grad,)
+
+        return self.attach(Tensor(x.storage, x.count, x.width), run, x)
 
     def make(self, size: int) -> Storage:
         """A storage of so many bytes."""
@@ -214,7 +251,7 @@ class _Frame:
 
     __slots__ = ("function", "inputs", "offloaded", "output", "promises", "recomputed", "stored", "tape")
 
-    def __init__(self, tape: Tape, function: Callable[[Tensor], Tensor], inputs: Any) -> None:
+    def __init__(self, tape: Tape, function: Callable[..., Any], inputs: Any) -> None:
         self.tape, self.function, self.inputs = tape, function, inputs
         self.promises: list[weakref.ref[_Promise]] = []
         self.recomputed, self.stored, self.offloaded = False, 0, False
@@ -240,7 +277,7 @@ class _Frame:
         kind, tape.kind = tape.kind, ACTIVATIONS
         inputs = self.inputs
         if self.offloaded:  # made anew, with the place in the graph that it had
-            inputs = tuple(Tensor(tape.new(count, width).storage, count, width, node, slot) for count, width, node, slot in self.inputs)
+            inputs = tuple(Tensor(tape.new(told[0], told[1]).storage, *told) if told else None for told in self.inputs)
         try:
             self.output = self.function(*inputs)
         except _Enough:
@@ -249,21 +286,23 @@ class _Frame:
             tape.recomputing, tape.kind = outer, kind
 
 
-def checkpoint(tape: Tape, function: Callable[[Tensor], Tensor], x: Tensor, *, offload: bool = False) -> Tensor:
-    """The function's output, with its argument kept in place of all that its backward needs (use_reentrant=False).
+def checkpoint(tape: Tape, function: Callable[..., Any], *inputs: Tensor | None, offload: bool = False) -> Any:
+    """What the function gives, with its arguments kept in place of all that its backward needs (use_reentrant=False).
 
-    `offload`: the argument goes to host memory, and comes back for the recomputation (transformers' save_on_cpu).
+    `offload`: the arguments go to host memory, and come back for the recomputation (transformers' save_on_cpu).
     """
-    frame = _Frame(tape, function, (x,))
+    frame = _Frame(tape, function, inputs)
     if offload:
         frame.offloaded = True
-        frame.inputs = ((x.count, x.width, x.node, x.slot),)
-        tape.on_host += x.count * x.width
+        frame.inputs = tuple(None if x is None else (x.count, x.width, x.node, x.slot) for x in inputs)
+        tape.on_host += sum(x.count * x.width for x in inputs if x is not None)
     else:
-        x.storage.count_as(CHECKPOINTS)
+        first = inputs[0]
+        assert first is not None, "a layer is given a hidden state"
+        first.storage.count_as(CHECKPOINTS)
     outer, tape.frame = tape.frame, frame
     try:
-        return function(x)
+        return function(*inputs)
     finally:
         tape.frame = outer
 
@@ -282,22 +321,23 @@ class Node:
 
 
 def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
-    """Run the graph behind `loss`. Nodes made in phase "loss" run in "loss backward", all others in "backward".
+    """Run the graph behind `loss`. Until a trained weight has its gradient, nodes made in phase "loss" run in "loss backward", all others in
+    "early backward"; from then on, when DeepSpeed has its bucket (stage_1_and_2.py, setup_buckets), in "backward".
 
     `retain`: what the graph keeps stays (retain_graph=True).
     """
     root = loss.node
     assert isinstance(root, Node), "nothing is trained"
     first = root.grads = tape.make(4)  # torch.autograd.backward holds on to it
-    _count_users(root)
+    leaves = _count_users(root)  # a graph holds on to them until it goes
     ready: list[Node] = [root]
     queued = {root.sequence}
     while ready:
         node = heapq.heappop(ready)
-        phase = "loss backward" if node.phase == "loss" else "backward"
+        phase = "backward" if tape.has_gradients else "loss backward" if node.phase == "loss" else "early backward"
         if tape.phase != phase:
             tape.enter(phase)
-            tape.kind = LOGITS if node.phase == "loss" else ACTIVATIONS
+        tape.kind = LOGITS if node.phase == "loss" else ACTIVATIONS
         run, edges, grads = node.run, node.edges, node.grads
         node.grads = None
         if not retain:
@@ -327,7 +367,7 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
                     heapq.heappush(ready, edge)
             del grad
         del edges, outputs, node
-    del first
+    del first, leaves
 
 
 def _fit(tape: Tape, edge: Any, whole: Storage, size: int) -> Storage:
@@ -340,18 +380,22 @@ def _fit(tape: Tape, edge: Any, whole: Storage, size: int) -> Storage:
     return made
 
 
-def _count_users(root: Node) -> None:
-    """How often each parameter is used: its gradient is whole when so many have come (tied weights)."""
+def _count_users(root: Node) -> list[Sink]:
+    """How often each parameter is used: its gradient is whole when so many have come (tied weights). Gives the leaves that are no parameters."""
     seen: set[int] = set()
+    leaves: list[Sink] = []
     stack: list[Any] = [root]
     while stack:
         node = stack.pop()
         for edge, _ in node.edges:
             if isinstance(edge, Sink):
                 edge.users += 1
+                if edge.leaf is not None:
+                    leaves.append(edge)
             elif edge is not None and edge.sequence not in seen:
                 seen.add(edge.sequence)
                 stack.append(edge)
+    return leaves
 
 
 def _accumulate(tape: Tape, sink: Sink, grad: Storage) -> None:
@@ -366,6 +410,11 @@ def _accumulate(tape: Tape, sink: Sink, grad: Storage) -> None:
         sink.gradient = whole
         return
     whole.count_as(GRADIENTS)
+    if not tape.has_gradients:
+        tape.has_gradients = True
+        tape.enter("backward")
+        tape.top = tape.now
+        tape.peaks["backward"] = (tape.now, tape.live.copy())
     tape.on_gradient(sink, whole)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from launcher.plan.gathering import gather, sizes_of
+from launcher.plan.gathering import gathering_step, gathers, list_visits
 from launcher.plan.states import Counts, Sharding, States, count_states
 from launcher.plan.step import recorded_step
 from launcher.plan.workload import Workload, is_quantised
@@ -65,22 +65,22 @@ def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, m
         story.begin("engine start", states.bucket)
     if sharding.stage == 3:
         story.begin("engine start", states.gradients)
-    tape = recorded_step(work, keep_gradients=keeps, gradients_exist=keeps and micro_steps > 1)
-    assert tape.events is not None
-    whole_is_gathered = sharding.ranks > 1 or sharding.offload_param
     if sharding.stage == 3 and sharding.overlap:
-        story.side = (_fetch(work, sharding) if whole_is_gathered else [], _reduce(work, sharding))
-    whole = 0 if story.side else gather(work, sharding).backward
+        story.side = (_fetch(work, sharding) if gathers(sharding) else [], _reduce(work, sharding))
+    if gathers(sharding) and not story.side:
+        taped = gathering_step(work, sharding, keep_gradients=keeps, gradients_exist=keeps and micro_steps > 1)
+    else:
+        tape = recorded_step(work, keep_gradients=keeps, gradients_exist=keeps and micro_steps > 1)
+        assert tape.events is not None
+        taped = tape.events
     counts = count_states(work)
     whole_gradients, flushes = work.width * counts.trained, flushes_in_backward(counts, sharding)
-    step = _make_micro_step(tape.events, states, story.next_key, early=sharding.stage == 1 and micro_steps > 1, flushes=flushes)
+    step = _make_micro_step(taped, states, story.next_key, early=sharding.stage == 1 and micro_steps > 1, flushes=flushes)
     story.next_key = step.next_key
     for iteration in range(ITERATIONS):
         held = story.begin_all("forward", spread(states.gradients)) if sharding.stage != 3 else []
         resident = states.gradients if held else 0
-        gathered = story.begin("forward", whole)
         story.events += step.events  # what begins in it ends before the next, so that its keys may come again
-        story.end("reduce", gathered, whole)
         left = story.begin_all("reduce", spread(whole_gradients)) if keeps and micro_steps == 1 else []
         story.passing("reduce", states.reduce_copy)
         story.end("reduce", step.bucket, states.bucket)
@@ -133,24 +133,8 @@ NORM_CHUNK = 250_000_000
 
 
 def _fetch(work: Workload, sharding: Sharding) -> list[Event]:
-    """The stream that parameters are gathered on: each layer with the next one ahead of it; the head stays from forward to backward."""
-    layers, head, embedding, _ = sizes_of(work, sharding)
-    story, held = Story([]), 0
-    before = (story.begin("forward", embedding[0]), embedding[0])
-    for size, _ in layers:
-        key = story.begin("forward", size)
-        story.end("forward", *before)
-        before = (key, size)
-    held = story.begin("forward", head[0])
-    story.end("forward", *before)
-    before = (0, 0)
-    for size, _ in reversed(layers):
-        key = story.begin("forward", size)
-        story.end("forward", *before)
-        before = (key, size)
-    story.end("forward", *before)
-    story.end("forward", held, head[0])
-    return story.events
+    """The stream that parameters are gathered on, buffers and their copies."""
+    return [("forward", size, key) for visit in list_visits(work, sharding) for size, key in visit.entering + visit.leaving]
 
 
 def _reduce(work: Workload, sharding: Sharding) -> list[Event]:
@@ -184,10 +168,10 @@ class _MicroStep:
 
 def _make_micro_step(taped: list[Event], states: States, key: int, *, early: bool, flushes: bool) -> _MicroStep:
     """The tape of one micro-step, with the bucket that comes with the first gradient, or before where there are micro-steps before."""
-    names = {"loss backward": "loss"}
+    names = {"loss backward": "loss", "early backward": "backward"}
     bucket, mine, copied = key + 1, key + 2, key + 3
     events = [(names.get(phase, phase), size, number + copied) for phase, size, number in taped]
-    first = next((index for index, event in enumerate(events) if event[0] == "backward"), None)
+    first = next((index for index, event in enumerate(taped) if event[0] == "backward"), None)
     if first is None:
         return _MicroStep(events, 0, 0, copied + len(events))
     if flushes and states.reduce_copy:

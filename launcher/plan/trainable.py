@@ -1,4 +1,5 @@
-"""What the launcher can train of the models it can plan: causal language models, as AutoModelForCausalLM builds them (train/model.py)."""
+"""What the launcher can train of the models it can plan: causal language models and encoder-decoders, as AutoModelForCausalLM and
+AutoModelForSeq2SeqLM build them (train/model.py)."""
 
 from __future__ import annotations
 
@@ -15,10 +16,10 @@ from launcher.plan.shape import ModelShape, adapter_rank
 from launcher.plan.step import BLIND_TO_PACKS
 from launcher.recipe import Lora, QLora, Recipe
 
-OTHERS = {"t5": "an encoder and a decoder", "whisper": "a model of speech", "vit": "a model of images", "clip": "a model of images and texts",
+OTHERS = {"whisper": "a model of speech", "vit": "a model of images", "clip": "a model of images and texts",
           "qwen2_vl": "a model of images and texts", "qwen2_5_vl": "a model of images and texts",
           "qwen2_vl_text": "a model of images and texts", "qwen2_5_vl_text": "a model of images and texts"}  # fmt: skip
-"""Model types that AutoModelForCausalLM of transformers 5.23 does not build, or builds only in part."""
+"""Model types that neither class of transformers 5.23 builds, or builds only in part."""
 
 HEADS = {"bert": "BertLMHeadModel", "roberta": "RobertaForCausalLM"}
 
@@ -46,6 +47,26 @@ def find_obstacle(shape: ModelShape, recipe: Recipe) -> str | None:
     return None
 
 
+def check_pairs(recipe: Recipe, shape: ModelShape) -> None:
+    """Raises RecipeError where the data is not of the kind that the model learns from: pairs for an encoder-decoder, for others none."""
+    data, kind = recipe.data, shape.model_type
+    faults: list[Fault] = []
+    if not shape.is_pair:
+        if data.target_len is not None:
+            why = f"a {kind} reads prompt and answer in one sequence, and only an encoder-decoder has targets of their own"
+            faults = [Fault("plan", "data.target_len", why, "leave it out; data.seq_len is for both together")]
+    elif data.packing is True:
+        faults = [Fault("plan", "data.packing", f"a {kind} reads a source and writes a target, and packs of pairs would see each other",
+                        "set data.packing to auto or false")]  # fmt: skip
+    elif data.loss_on == "all":
+        faults = [Fault("plan", "data.loss_on", f"a {kind}'s source carries no loss, its target all of it", "leave data.loss_on out")]
+    elif any(source.format == "text" for source in (*data.train, *data.eval)):
+        faults = [Fault("plan", "data.train", f"a {kind} learns to write a target for a source, and format text has but one text",
+                        "use prompt_completion, alpaca or messages")]  # fmt: skip
+    if faults:
+        raise RecipeError(faults)
+
+
 def _adapts_fused_experts(shape: ModelShape, method: Lora | QLora) -> bool:
     """Experts that are one parameter of three dimensions, which peft wraps as a parameter and no layer (lora/layer.py, ParamWrapper)."""
     return any(
@@ -62,6 +83,8 @@ def list_oddities(shape: ModelShape, recipe: Recipe, layout: Layout) -> Iterator
         yield f"attention: {layout.attn_implementation}, because transformers 5.23 refuses {' and '.join(sorted(REFUSED[kind]))} for a {kind}"
     if (obstacle := find_obstacle(shape, recipe)) is not None:
         yield f"a run would not start: {obstacle}"
+    elif shape.is_pair:
+        yield from _list_pair_oddities(shape, recipe, layout)
     elif kind in ENCODERS and not shape.config.get("is_decoder"):
         yield (
             f"this {kind} looks in both directions: as a causal language model it sees the words it is to predict;"
@@ -71,7 +94,19 @@ def list_oddities(shape: ModelShape, recipe: Recipe, layout: Layout) -> Iterator
         yield f"weights: the files are {quantised}; counted in {layout.dtype}, which transformers turns them to where it lacks the kernels to keep them"
 
 
+def _list_pair_oddities(shape: ModelShape, recipe: Recipe, layout: Layout) -> Iterator[str]:
+    kind, data, trained = shape.model_type, recipe.data, shape.config.get("n_positions")
+    if data.target_len is None:
+        yield f"targets: as long as sources, {data.seq_len} tokens, because data.target_len is not set"
+    if isinstance(trained, int) and data.seq_len > trained:
+        yield f"sources: this {kind} was trained with {trained} tokens; longer ones work (positions are relative), at a cost of their square"
+    if layout.dtype == "fp16":
+        yield f"fp16: a {kind}'s MLPs were trained in bf16 and may overflow; the clamps of transformers' code are not counted; fp32 is safe"
+
+
 REFUSED = {
+    "t5": frozenset({"flash_attention_2"}),
+    "mt5": frozenset({"flash_attention_2"}),
     "gemma2": frozenset({"sdpa"}),
     "gpt_oss": frozenset({"sdpa", "flash_attention_2"}),
     "llama4_text": frozenset({"flash_attention_2"}),
@@ -107,8 +142,20 @@ def settle_packing(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> tuple
         raise RecipeError([Fault("plan", "data.packing", why, remedy)])
     if wanted != "auto":
         return recipe, []
+    if shape.is_pair:
+        leaks, why = True, f"a {kind} reads a source and writes a target, each in a row of its own"
     settled = recipe.model_copy(update={"data": recipe.data.model_copy(update={"packing": not leaks})})
     return settled, [f"packing: off, because {why}"] if leaks else []
+
+
+def settle_dtype(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> tuple[Recipe, list[str]]:
+    """The recipe in fp32 where the usual choice would be fp16 and the model is no good in it, and why."""
+    if recipe.model.dtype != "auto" or not shape.is_pair or cluster.accelerator != "cuda" or cluster.bf16:
+        return recipe, []
+    settled = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": "fp32"})})
+    return settled, [
+        f"dtype: fp32, because a {shape.model_type}'s MLPs may overflow in fp16 and a {cluster.device_name or 'GPU'} has no bf16"
+    ]
 
 
 def _takes_flash(recipe: Recipe, shape: ModelShape, cluster: Cluster) -> bool:

@@ -38,7 +38,8 @@ class MethodFacts:
 class Workload:
     """Rows of `seq_len` tokens, `micro_batch_size` of them; `loss_columns` of a row's positions carry loss.
 
-    `packed`: a row holds several examples, so that kernels other than flash attention are given a mask.
+    `packed`: a row holds several examples, or is padded, so that kernels other than flash attention are given a mask.
+    `target_len`: tokens that an encoder-decoder's decoder reads of a row, where `seq_len` are its encoder's; 0 for any other model.
     `kernel_workspace` counts what CUDA's attention kernels take for themselves, which no trace sees.
     """
 
@@ -53,6 +54,7 @@ class Workload:
     seq_len: int
     loss_columns: int
     packed: bool
+    target_len: int = 0
     kernel_workspace: bool = True
     fused: bool = False
     """Liger's kernels for norms, rotary embeddings and gated MLPs."""
@@ -82,14 +84,15 @@ def build_block(work: Workload, block: Block, layer: int) -> dict[str, Any]:
     matrices = {w.name.removesuffix(".weight") for w in block.weights if w.matrix}
     for weight in block.weights:
         name = weight.name.removesuffix(".weight")
-        trained = method.trains_base(block.prefix.format(layer) + weight.name, shape.num_layers)
+        depth = shape.depth_of(block.prefix)
+        trained = method.trains_base(block.prefix.format(layer) + weight.name, depth)
         rank = adapter_rank(shape.model_type, block.prefix, weight, method.r, method.target_modules) if method.r else 0
         if weight.matrix:
             bias = biases.get(f"{name}.bias")
             n_in, n_out = weight.fan
             built[name] = Linear(
                 n_in, n_out, work.width, trained=trained, bias=bias is not None,
-                bias_trained=bias is not None and method.trains_base(block.prefix.format(layer) + bias.name, shape.num_layers),
+                bias_trained=bias is not None and method.trains_base(block.prefix.format(layer) + bias.name, depth),
                 bits=method.bits if is_quantised(block.prefix, weight) else 16, double_quant=method.double_quant, r=rank, dropout=method.dropout,
                 dora=method.dora,
             )  # fmt: skip
@@ -103,5 +106,6 @@ def build_block(work: Workload, block: Block, layer: int) -> dict[str, Any]:
 
 
 def is_quantised(prefix: str, weight: Weight) -> bool:
-    """Whether bitsandbytes quantises a weight, where the method asks it to: nn.Linear and Conv1D but for the head."""
-    return weight.matrix != "" and not is_head(prefix, weight)
+    """Whether bitsandbytes quantises a weight, where the method asks it to: nn.Linear and Conv1D but for the head, and T5's wo, which
+    transformers keeps (_keep_in_fp32_modules)."""
+    return weight.matrix != "" and not is_head(prefix, weight) and not weight.name.endswith("DenseReluDense.wo.weight")

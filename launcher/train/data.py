@@ -11,7 +11,7 @@ Shapes: B samples of a micro-batch, S tokens of a sample.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -43,6 +43,15 @@ class Sample:
     position_ids: Ints
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """How an encoder-decoder's samples are cut and begun: the longest source and target, and what a decoder is given before its first token."""
+
+    source_len: int
+    target_len: int
+    start_id: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Samples:
     """A split, read by index. A sample is a pack of examples, or one example where packing is off.
@@ -54,6 +63,7 @@ class Samples:
     num_targets: Ints
     seq_len: int
     pad_id: int
+    pair: Pair | None
     content_hash: str
     source_hashes: dict[str, str]
     num_dropped: int
@@ -75,14 +85,16 @@ class Samples:
 
     @property
     def fill(self) -> float:
-        """Mean share of seq_len that a sample uses."""
-        return float(self.num_tokens.mean() / self.seq_len)
+        """Mean share of seq_len (and of the longest target) that a sample uses."""
+        return float(self.num_tokens.mean() / (self.seq_len + (self.pair.target_len if self.pair else 0)))
 
     def sample(self, index: int) -> Sample:
         """Sample `index`, with position ids that restart at 0 for each of its examples."""
         begin = int(self._pack_ends[index - 1]) if index else 0
         examples = self._packs[begin : int(self._pack_ends[index])]
         parts = [self._tokens[self._source[e]].stored[self._start[e] : self._start[e] + self._length[e]] for e in examples]
+        if self.pair is not None:
+            parts = [_cut_pair(part, self.pair) for part in parts]
         stored = np.concatenate(parts).astype(np.int64)
         labels = np.where(stored < 0, IGNORED, stored)
         position_ids = np.concatenate([np.arange(len(part), dtype=np.int64) for part in parts])
@@ -114,13 +126,17 @@ def load_samples(
     seed: int,
     cache_dir: Path,
     progress: Progress | None = None,
+    start_id: int | None = None,
 ) -> Samples:
     """The samples of a split, tokenised once per content and kept under cache_dir/tokens.
+
+    `start_id`: what an encoder-decoder's decoder begins with; its samples are pairs of a source and a target, one each.
 
     `progress` is called with the number of examples so far. The same arguments give the same samples on every rank.
     Raises DataError for bad rows, examples that are too long and an empty split, ModelError for templates.
     """
-    encoder = build_encoder(data, tokenizer, base_dir)
+    pair = None if start_id is None else Pair(source_len=data.seq_len, target_len=data.target_len or data.seq_len, start_id=start_id)
+    encoder = build_encoder(data, tokenizer, base_dir, pairs=pair is not None)
     held_out = split == "eval" and not data.eval
     sources = data.train if split == "train" or held_out else data.eval
     if held_out and not data.eval_fraction:
@@ -137,17 +153,27 @@ def load_samples(
     starts = np.concatenate([t.ends for t in tokens]) - lengths
     num_targets = np.concatenate([t.num_targets for t in tokens])
 
-    too_long = rows[lengths[rows] > data.seq_len]
-    if len(too_long) and data.too_long == "error":
+    whole = lengths
+    if pair is not None:
+        lengths = _cut_lengths(lengths, num_targets, pair)
+        too_long = rows[whole[rows] > lengths[rows]]
+        if len(too_long) and data.too_long == "error":
+            raise _refuse_long_pairs(too_long, whole, num_targets, pair, lambda row: _find_row(row, sources, data, base_dir))
+        if data.too_long == "drop":
+            rows = rows[whole[rows] == lengths[rows]]
+        num_targets = np.minimum(num_targets, pair.target_len)
+    else:
+        too_long = rows[lengths[rows] > data.seq_len]
+    if pair is None and len(too_long) and data.too_long == "error":
         worst = int(too_long[np.argmax(lengths[too_long])])
         where, count = _find_row(worst, sources, data, base_dir), len(np.unique(too_long))
         raise DataError(
             f"{count} of {sum(counts)} examples are longer than data.seq_len {data.seq_len}: {where} has {lengths[worst]} tokens, the most",
             f"set data.seq_len to {lengths[worst]}, data.too_long to drop, or data.too_long to truncate",
         )
-    if data.too_long == "drop":
+    if pair is None and data.too_long == "drop":
         rows = rows[lengths[rows] <= data.seq_len]
-    for row in np.unique(too_long) if data.too_long == "truncate" else ():
+    for row in np.unique(too_long) if pair is None and data.too_long == "truncate" else ():
         lengths[row] = data.seq_len
         num_targets[row] = count_targets(tokens[source_of_row[row]].stored[starts[row] : starts[row] + data.seq_len])
     num_before = len(rows)
@@ -161,13 +187,25 @@ def load_samples(
 
     packs, pack_ends = _make_packs(lengths[rows], data.seq_len) if data.packing else (np.arange(len(rows)), np.arange(1, len(rows) + 1))
     token_hashes, weights = [t.hash for t in tokens], [s.weight for s in sources]
-    facts = (FORMAT_VERSION, split, token_hashes, weights, data.eval_fraction, seed, data.seq_len, data.too_long, data.packing)
+    facts: tuple[Any, ...] = (
+        FORMAT_VERSION,
+        split,
+        token_hashes,
+        weights,
+        data.eval_fraction,
+        seed,
+        data.seq_len,
+        data.too_long,
+        data.packing,
+    )
+    facts += (pair.target_len, pair.start_id) if pair is not None else ()
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     return Samples(
         num_tokens=_sum_packs(lengths[rows], packs, pack_ends),
         num_targets=_sum_packs(num_targets[rows], packs, pack_ends),
         seq_len=data.seq_len,
         pad_id=int(pad_id),
+        pair=pair,
         content_hash=hash_json(facts),
         source_hashes={name: digest for t in tokens for name, digest in t.files.items()},
         num_dropped=num_dropped,
@@ -175,9 +213,38 @@ def load_samples(
         _tokens=tuple(tokens),
         _source=source_of_row[rows],
         _start=starts[rows],
-        _length=lengths[rows],
+        _length=(lengths if pair is None else whole)[rows],
         _packs=packs,
         _pack_ends=pack_ends,
+    )
+
+
+def _cut_lengths(lengths: Ints, num_targets: Ints, pair: Pair) -> Ints:
+    """Of pairs, source and target each cut to the longest there may be."""
+    cut: Ints = np.minimum(lengths - num_targets, pair.source_len) + np.minimum(num_targets, pair.target_len)
+    return cut
+
+
+def _cut_pair(stored: npt.NDArray[np.int32], pair: Pair) -> npt.NDArray[np.int32]:
+    """A pair's tokens, a long source cut before the token that ends it, a long target where it is full."""
+    source, target = stored[stored < 0], stored[stored >= 0]
+    if len(source) > pair.source_len:
+        source = np.concatenate([source[: pair.source_len - 1], source[-1:]])
+    return np.concatenate([source, target[: pair.target_len]])
+
+
+def _refuse_long_pairs(too_long: Ints, lengths: Ints, num_targets: Ints, pair: Pair, where: Callable[[int], str]) -> DataError:
+    source = int(too_long[np.argmax((lengths - num_targets)[too_long])])
+    target = int(too_long[np.argmax(num_targets[too_long])])
+    longest, longest_target = int((lengths - num_targets)[source]), int(num_targets[target])
+    found = [f"{where(source)} has a source of {longest} tokens"] if longest > pair.source_len else []
+    found += [f"{where(target)} has a target of {longest_target}"] if longest_target > pair.target_len else []
+    remedies = [f"data.seq_len to {longest}"] if longest > pair.source_len else []
+    remedies += [f"data.target_len to {longest_target}"] if longest_target > pair.target_len else []
+    return DataError(
+        f"{len(np.unique(too_long))} examples are longer than data.seq_len {pair.source_len} or data.target_len {pair.target_len}:"
+        f" {', '.join(found)}, the most",
+        f"set {' and '.join(remedies)}, or data.too_long to drop or to truncate",
     )
 
 
@@ -319,7 +386,12 @@ def _collate_ids(samples: Samples, ids: Ints, count: int, micro_batch_size: int,
     filler = Sample(zero + samples.pad_id, zero + IGNORED, zero)
     for begin in range(0, count, micro_batch_size):
         picked = [samples.sample(int(i)) for i in ids[begin : begin + micro_batch_size]]
-        yield collate(picked + [filler] * (micro_batch_size - len(picked)), samples.pad_id, flat=flat)
+        picked += [filler] * (micro_batch_size - len(picked))
+        yield (
+            collate(picked, samples.pad_id, flat=flat)
+            if samples.pair is None
+            else collate_pairs(picked, samples.pad_id, samples.pair.start_id)
+        )
 
 
 def check_packing(model: torch.nn.Module) -> None:
@@ -378,4 +450,28 @@ def collate(samples: Sequence[Sample], pad_id: int, *, flat: bool = False) -> di
         position_ids_BS[row, :length] = sample.position_ids
         position_ids_BS[row, length:] = np.arange(shape[1] - length)
     arrays = {"input_ids": input_ids_BS, "labels": labels_BS, "position_ids": position_ids_BS}
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def collate_pairs(samples: Sequence[Sample], pad_id: int, start_id: int) -> dict[str, torch.Tensor]:
+    """input_ids of the sources, labels of the targets, decoder_input_ids one place behind them, each right-padded to its longest.
+
+    attention_mask says what of a source is padding, and is left out where nothing is: transformers then needs no mask. A target's padding
+    needs none: it stands behind all that is learned.
+    """
+    import torch
+
+    sources = [s.input_ids[s.labels == IGNORED] for s in samples]
+    targets = [s.input_ids[s.labels != IGNORED] for s in samples]
+    source_shape, target_shape = (len(samples), max(map(len, sources))), (len(samples), max(1, *map(len, targets)))
+    input_ids_BS, mask_BS = np.full(source_shape, pad_id, np.int64), np.zeros(source_shape, np.int64)
+    labels_BT, begun_BT = np.full(target_shape, IGNORED, np.int64), np.full(target_shape, pad_id, np.int64)
+    begun_BT[:, 0] = start_id
+    for row, (source, target) in enumerate(zip(sources, targets, strict=True)):
+        input_ids_BS[row, : len(source)] = source
+        mask_BS[row, : len(source)] = 1
+        labels_BT[row, : len(target)] = target
+        begun_BT[row, 1 : len(target)] = target[:-1]
+    arrays = {"input_ids": input_ids_BS, "decoder_input_ids": begun_BT, "labels": labels_BT}
+    arrays |= {} if mask_BS.all() else {"attention_mask": mask_BS}
     return {name: torch.from_numpy(array) for name, array in arrays.items()}

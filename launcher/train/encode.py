@@ -43,10 +43,12 @@ class Encoder:
     special_tokens: tuple[str, ...]
     starts_with_bos: bool
     loss_on: Literal["assistant", "all"]
+    pairs: bool
+    """For an encoder-decoder: a source without loss and a target with, each as the tokenizer writes a text of its own."""
     hash: str
 
 
-def build_encoder(data: Data, tokenizer: PreTrainedTokenizerFast, base_dir: str) -> Encoder:
+def build_encoder(data: Data, tokenizer: PreTrainedTokenizerFast, base_dir: str, *, pairs: bool = False) -> Encoder:
     """Raises ModelError for a tokenizer without a fast backend, or with no token that ends a text."""
     from transformers import PreTrainedTokenizerFast
 
@@ -63,15 +65,17 @@ def build_encoder(data: Data, tokenizer: PreTrainedTokenizerFast, base_dir: str)
     first_ids: list[int] = tokenizer("a")["input_ids"]
     starts_with_bos = tokenizer.bos_token_id is not None and first_ids[0] == tokenizer.bos_token_id
     facts = [FORMAT_VERSION, pipeline, template, tokenizer.special_tokens_map, starts_with_bos, data.system_prompt, data.loss_on]
+    facts += ["pairs"] if pairs else []
     return Encoder(
         tokenizer=tokenizer,
         # The post-processor adds special tokens, which templates write themselves, and trims spaces off the offsets.
-        pipeline=json.dumps(pipeline | {"post_processor": None}),
+        pipeline=json.dumps(pipeline if pairs else pipeline | {"post_processor": None}),
         template=template,
         marks_answers=template is not None and _marks_answers(template),
         special_tokens=tuple(sorted(special, key=len, reverse=True)),
         starts_with_bos=starts_with_bos,
         loss_on=data.loss_on,
+        pairs=pairs,
         hash=hash_json(facts),
     )
 
@@ -85,6 +89,8 @@ def encode_examples(examples: Sequence[Example], encoder: Encoder, backend: Toke
 
     Raises ModelError or DataError where a template cannot write an example or its answers cannot be told apart.
     """
+    if encoder.pairs:
+        return _encode_pairs(examples, encoder, backend)
     written = [_write_plain(e, encoder) if isinstance(e, Text) or encoder.template is None else None for e in examples]
     chats = [e for e, plain in zip(examples, written, strict=True) if plain is None and isinstance(e, Conversation)]
     rendered = iter(_render(chats, encoder))
@@ -100,6 +106,42 @@ def encode_examples(examples: Sequence[Example], encoder: Encoder, backend: Toke
             raise DataError(f"{example.where} gives no token", "drop the row")
         tokens.append(stored)
     return tokens
+
+
+def _encode_pairs(examples: Sequence[Example], encoder: Encoder, backend: Tokenizer) -> list[Ints]:
+    """A source's tokens and its target's, which ends with the token that ends a text."""
+    texts = [_write_pair(example, encoder) for example in examples]
+    sources, targets = (backend.encode_batch(list(side), add_special_tokens=True) for side in zip(*texts, strict=True))
+    tokens: list[Ints] = []
+    for example, source, target in zip(examples, sources, targets, strict=True):
+        source_ids, target_ids = np.asarray(source.ids, np.int64), np.asarray(target.ids, np.int64)
+        if not len(source_ids):
+            raise DataError(f"{example.where} has a source that gives no token", "fill it in, or drop the row")
+        eos = encoder.tokenizer.eos_token_id
+        tail = [int(eos)] if not len(target_ids) or target_ids[-1] != eos else []
+        tokens.append(np.concatenate([~source_ids, target_ids, np.asarray(tail, np.int64)]))
+    return tokens
+
+
+def _write_pair(example: Example, encoder: Encoder) -> tuple[str, str]:
+    """The text that is read and the one that is written: all before the last answer, and that answer."""
+    if isinstance(example, Text):
+        raise DataError(f"{example.where} is one text, and an encoder-decoder learns to write a target for a source",
+                        "give each row a prompt and a completion")  # fmt: skip
+    turns = [{"role": m.role, "content": m.content} for m in example.messages]
+    if turns[-1]["role"] != "assistant" or len(turns) < 2:
+        raise DataError(f"{example.where} does not end with an answer to something", "drop the row")
+    if encoder.template is not None:
+        return _apply_template(turns[:-1], example, encoder, generate=True), turns[-1]["content"]
+    if any(turn["role"] == "assistant" for turn in turns[:-1]):
+        raise DataError(f"{example.where} has several answers, and there is no chat template to write them into one source",
+                        "set data.chat_template, or split the conversation into rows")  # fmt: skip
+    return write_source(turns[:-1]), turns[-1]["content"]
+
+
+def write_source(turns: Sequence[dict[str, str]]) -> str:
+    """What an encoder-decoder without a chat template reads: system messages, and what was asked last."""
+    return "\n\n".join(turn["content"] for turn in (*(t for t in turns[:-1] if t["role"] == "system"), turns[-1]))
 
 
 def _find_targets(offsets: list[Span], spans: list[Span]) -> npt.NDArray[np.bool_]:

@@ -15,6 +15,7 @@ from launcher.plan import Plan, load_plan
 from launcher.progress import printable
 from launcher.recipe import Lora, QLora
 from launcher.run import RunFolder
+from launcher.train.encode import write_source
 from launcher.train.model import TORCH_DTYPE, load_base, prepare_weights
 from launcher.units import DTYPE_BYTES
 
@@ -92,9 +93,10 @@ def attach_adapter(base: Any, folder: RunFolder) -> Any:
 
 
 def _load_whole(plan: Plan, folder: RunFolder, device: str) -> Any:
-    from transformers import AutoModelForCausalLM
+    import transformers
 
-    return AutoModelForCausalLM.from_pretrained(
+    made: Any = getattr(transformers, plan.shape.auto_class)
+    return made.from_pretrained(
         folder.model,
         dtype=TORCH_DTYPE[plan.layout.dtype],
         attn_implementation=plan.layout.attn_implementation,
@@ -117,14 +119,16 @@ def answer(
     """The model's next turn. Greedy at temperature 0; `streamer` is given the text as it comes.
 
     With `synced_gpus` ranks that share a sharded model go on until all have finished. Without a chat template the last message is continued as plain text.
+    An encoder-decoder without one reads the system's messages and the last one.
     Raises DataError where the conversation leaves no room in the model's context.
     """
     from transformers import GenerationConfig
 
+    pair = bool(model.config.is_encoder_decoder)
     if tokenizer.chat_template:
         encoded: Any = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True)
     else:
-        encoded = tokenizer(messages[-1]["content"], return_tensors="pt")
+        encoded = tokenizer(write_source(messages) if pair else messages[-1]["content"], return_tensors="pt")
     ids_BS = encoded["input_ids"].to(model.device)
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is not None and ids_BS.shape[1] + max_new_tokens > positions:
@@ -133,13 +137,16 @@ def answer(
     how: dict[str, Any] = (
         {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
     )
+    if pair:
+        start = model.generation_config.decoder_start_token_id
+        how["decoder_start_token_id"] = tokenizer.pad_token_id if start is None else start
     config = GenerationConfig(
         max_new_tokens=max_new_tokens, use_cache=True, pad_token_id=tokenizer.pad_token_id, eos_token_id=_ends(model, tokenizer), **how
     )
     written_BS = model.generate(
         input_ids=ids_BS, attention_mask=torch.ones_like(ids_BS), generation_config=config, streamer=streamer, synced_gpus=synced_gpus
     )
-    text: str = tokenizer.decode(written_BS[0, ids_BS.shape[1] :], skip_special_tokens=True)
+    text: str = tokenizer.decode(written_BS[0, 1 if pair else ids_BS.shape[1] :], skip_special_tokens=True)
     return text.strip()
 
 

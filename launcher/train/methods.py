@@ -30,10 +30,10 @@ def apply_method(model: PreTrainedModel, plan: Plan) -> torch.nn.Module:
     trained: torch.nn.Module = model
     if isinstance(method, Freeze):
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(is_trained(name, plan.shape.num_layers, method.last_layers, method.patterns))
+            parameter.requires_grad_(is_trained(name, plan.shape.depth_of(name), method.last_layers, method.patterns))
     elif isinstance(method, Lora | QLora):
         with starting_sharded(plan):  # DoRA and PiSSA read each layer's whole weight
-            trained = _add_adapters(model, method)
+            trained = _add_adapters(model, method, "SEQ_2_SEQ_LM" if plan.shape.is_pair else "CAUSAL_LM")
     # fp32 masters are DeepSpeed's; what it trains is in the model's dtype.
     for parameter in trained.parameters():
         if parameter.requires_grad and parameter.dtype != TORCH_DTYPE[layout.dtype]:
@@ -53,12 +53,12 @@ def apply_method(model: PreTrainedModel, plan: Plan) -> torch.nn.Module:
     return trained
 
 
-def _add_adapters(model: PreTrainedModel, method: Lora | QLora) -> torch.nn.Module:
+def _add_adapters(model: PreTrainedModel, method: Lora | QLora, task: str) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     targets = method.target_modules
     config = LoraConfig(
-        task_type="CAUSAL_LM",
+        task_type=task,
         r=method.r,
         lora_alpha=method.alpha,
         lora_dropout=method.dropout,

@@ -18,7 +18,7 @@ from launcher.plan import Plan
 from launcher.plan.source import ModelSource, locate_model
 from launcher.recipe import QLora
 from launcher.run import cache_dir
-from launcher.train.shard import quantise_and_shard
+from launcher.train.shard import shard_by_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -51,6 +51,17 @@ def load_tokenizer(plan: Plan) -> PreTrainedTokenizerFast:
     if (template := load_chat_template(plan.recipe.data, plan.base_dir)) is not None:
         tokenizer.chat_template = template
     return tokenizer
+
+
+def find_start_id(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """What an encoder-decoder's decoder is given before its first token; None for any other model.
+
+    Where config.json does not say, it is padding, as T5 and mT5 were trained (transformers, model_doc/t5).
+    """
+    if not plan.shape.is_pair:
+        return None
+    told = plan.shape.config.get("decoder_start_token_id")
+    return int(tokenizer.pad_token_id if told is None else told)
 
 
 def prepare_weights(plan: Plan) -> None:
@@ -129,7 +140,7 @@ def load_base(plan: Plan, device: str, *, dense: bool = False) -> PreTrainedMode
 
     Raises ModelError where the folder's weights do not fill the model: a fresh random layer is never trained on unsaid.
     """
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     recipe, layout = plan.recipe, plan.layout
     dtype = TORCH_DTYPE[layout.dtype]
@@ -141,14 +152,17 @@ def load_base(plan: Plan, device: str, *, dense: bool = False) -> PreTrainedMode
         "use_safetensors": True,
     }
     quantization = make_quantization(recipe.method, dtype) if isinstance(recipe.method, QLora) and not dense else None
-    sharded_later = quantization is not None and layout.zero_init
+    # To know whether a T5's head is its embedding, transformers 5.23 compares them, and two parameters that are sharded already look the same.
+    compares = plan.shape.is_pair and not plan.shape.tied_embeddings
+    sharded_later = layout.zero_init and (quantization is not None or compares)
     if quantization is not None and not sharded_later:
         options["quantization_config"] = quantization
     if sharded_later or not layout.zero_init:
         options["device_map"] = {"": "cpu" if sharded_later else device}
     try:
         with nullcontext() if sharded_later else starting_sharded(plan):
-            model, loading = AutoModelForCausalLM.from_pretrained(weights_path(plan), output_loading_info=True, **options)
+            made = getattr(transformers, plan.shape.auto_class)
+            model, loading = made.from_pretrained(weights_path(plan), output_loading_info=True, **options)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"{recipe.model.name_or_path} does not load: {_first_line(error)}", "check the folder, the revision and model.trust_remote_code"
@@ -160,7 +174,7 @@ def load_base(plan: Plan, device: str, *, dense: bool = False) -> PreTrainedMode
             "the download is incomplete, or it is not a language model",
         )
     if sharded_later:
-        model = quantise_and_shard(model, plan, quantization, device)
+        model = shard_by_layer(model, plan, quantization, device)
     if quantization is not None:
         _keep_packing(model)
     return model

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from launcher.plan.forward import layer_type
-from launcher.plan.inventory_others import COUNTED
+from launcher.plan.inventory_others import COUNTED, PAIRS
 from launcher.plan.profile import StepProfile
 from launcher.plan.shape import ModelShape, name_alike, read_text_part
 from launcher.plan.workload import Workload
 from launcher.train.encode import IGNORED
 from launcher.train.head import put_loss_into_head
-from launcher.train.loss import sum_kept_loss
+from launcher.train.loss import sum_kept_loss, sum_pair_loss
 from launcher.train.trace import Trace, checkpoint_as_on, trace_step
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -89,6 +89,9 @@ def _quiet() -> Iterator[None]:
 def find_depths(shape: ModelShape) -> tuple[int, int]:
     """The two depths whose difference is one period of the layers' pattern; the whole model's twice where it is not deeper."""
     config, total = name_alike(read_text_part(shape.config)), shape.num_layers
+    if shape.is_pair and shape.total_layers != 2 * total:  # two stacks, of which one ends before the other
+        deepest = max(total, shape.total_layers - total)
+        return deepest, deepest
     signs: list[Any] = [
         (tuple(index for index, block in enumerate(shape.inventory) if layer in block.layers), _kind_of(config, layer))
         for layer in range(total)
@@ -133,7 +136,7 @@ def trace_layers(work: Workload, layers: int, *, keep_gradients: bool) -> Trace:
     )
 
 
-_CLASSES = {"t5": "AutoModelForSeq2SeqLM", "whisper": "AutoModelForSpeechSeq2Seq", "vit": "AutoModelForImageClassification", "clip": "AutoModel",
+_CLASSES = {"t5": "AutoModelForSeq2SeqLM", "mt5": "AutoModelForSeq2SeqLM", "whisper": "AutoModelForSpeechSeq2Seq", "vit": "AutoModelForImageClassification", "clip": "AutoModel",
             "qwen2_vl": "AutoModelForImageTextToText", "qwen2_5_vl": "AutoModelForImageTextToText"}  # fmt: skip
 _DEPTH = ("num_hidden_layers", "num_layers", "num_decoder_layers", "encoder_layers", "decoder_layers", "n_layer")
 
@@ -150,14 +153,18 @@ def _build(shape: ModelShape, layers: int | None, attention: str = "sdpa") -> An
             _cut(part, layers)
     config._attn_implementation = "sdpa" if attention == "flash_attention_2" else attention
     with torch.device("meta"):
-        return getattr(transformers, _CLASSES.get(kind, "AutoModelForCausalLM")).from_config(config)
+        model = getattr(transformers, _CLASSES.get(kind, "AutoModelForCausalLM")).from_config(config)
+    if kind in PAIRS and not shape.tied_embeddings:
+        # As from_pretrained leaves it where the files hold a head of their own; a configuration alone always ties (configuration_t5.py).
+        model.lm_head.weight = torch.nn.Parameter(torch.empty_like(model.lm_head.weight))
+    return model
 
 
 def _cut(config: Any, layers: int) -> None:
     facts = config.to_dict()
     for name in _DEPTH:
         if isinstance(facts.get(name), int):
-            setattr(config, name, layers)
+            setattr(config, name, min(facts[name], layers))
     if isinstance(facts.get("layer_types"), list):
         config.layer_types = config.layer_types[:layers]
 
@@ -176,7 +183,10 @@ def _make_text(work: Workload, config: Any) -> Batch:
 
 
 def _make_pair(work: Workload, config: Any) -> Batch:
-    return {name: _zeros(work.micro_batch_size, work.seq_len) for name in ("input_ids", "decoder_input_ids")}
+    """A source and a target, as launcher.train.data makes them: with a mask where a source may be padded."""
+    rows = work.micro_batch_size
+    batch = {"input_ids": _zeros(rows, work.seq_len)} | {name: _zeros(rows, work.target_len) for name in ("decoder_input_ids", "labels")}
+    return batch | ({"attention_mask": _zeros(rows, work.seq_len)} if work.packed else {})
 
 
 def _make_speech(work: Workload, config: Any) -> Batch:
@@ -198,7 +208,7 @@ def _make_images_and_texts(work: Workload, config: Any) -> Batch:
 
 
 _BATCHES: dict[str, Callable[[Workload, Any], Batch]] = {
-    "t5": _make_pair, "whisper": _make_speech, "vit": _make_images, "clip": _make_images_and_texts,
+    "t5": _make_pair, "mt5": _make_pair, "whisper": _make_speech, "vit": _make_images, "clip": _make_images_and_texts,
 }  # fmt: skip
 
 
@@ -224,21 +234,24 @@ def _loss_of_pairs(model: Any, batch: Batch) -> torch.Tensor:
     return loss
 
 
-_LOSSES = {"t5": _loss_of_logits, "whisper": _loss_of_logits, "vit": _loss_of_logits, "clip": _loss_of_pairs}
+_LOSSES = {"t5": sum_pair_loss, "mt5": sum_pair_loss, "whisper": _loss_of_logits, "vit": _loss_of_logits, "clip": _loss_of_pairs}
 
 
 def _lay_method(model: Any, work: Workload) -> Any:
     method = work.method
     if method.trains == "some":
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(method.trains_base(name, model.config.num_hidden_layers))
+            decodes = work.shape.model_type in PAIRS and name.startswith("decoder.")
+            depth = model.config.num_decoder_layers if decodes else model.config.num_hidden_layers
+            parameter.requires_grad_(method.trains_base(name, depth))
     if not method.r:
         return model
     from peft import LoraConfig, get_peft_model
 
     targets = method.target_modules
-    words = work.shape.config["model_type"] not in _CLASSES
-    lora = LoraConfig(task_type="CAUSAL_LM" if words else None, r=method.r, lora_dropout=method.dropout, use_dora=method.dora,
+    kind = work.shape.config["model_type"]
+    task = "SEQ_2_SEQ_LM" if kind in PAIRS else None if kind in _CLASSES else "CAUSAL_LM"
+    lora = LoraConfig(task_type=task, r=method.r, lora_dropout=method.dropout, use_dora=method.dora,
                       target_modules=targets if isinstance(targets, str) else list(targets))  # fmt: skip
     with torch.device("meta"):
         adapted = get_peft_model(model, lora, autocast_adapter_dtype=False)

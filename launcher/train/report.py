@@ -211,11 +211,12 @@ def write_model_card(folder: RunFolder, plan: Plan) -> None:
 def make_usage(plan: Plan, *, adapter: bool) -> str:
     """Python that loads what this run made, as it was trained, with transformers and PEFT alone."""
     dtype = {"fp32": "torch.float32", "bf16": "torch.bfloat16", "fp16": "torch.float16"}[plan.layout.dtype]
-    lines = ["import torch", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+    made = plan.shape.auto_class
+    lines = ["import torch", f"from transformers import {made}, AutoTokenizer"]
     folder = 'folder = "."  # where this file is'
     tokenizer = "tokenizer = AutoTokenizer.from_pretrained(folder)"
     if not adapter:
-        lines += ["", folder, tokenizer, f"model = AutoModelForCausalLM.from_pretrained(folder, dtype={dtype})"]
+        lines += ["", folder, tokenizer, f"model = {made}.from_pretrained(folder, dtype={dtype})"]
         return _ask(lines, plan)
     source = locate_model(plan.recipe.model.name_or_path, plan.base_dir)
     options = [f"dtype={dtype}"]
@@ -225,12 +226,12 @@ def make_usage(plan: Plan, *, adapter: bool) -> str:
         lines[-1] = "from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig"
         options += [f"gguf_file={Path(source.path).name!r}", "quantization_config=GgufConfig(dequantize=True)"]
     elif isinstance(plan.recipe.method, QLora):
-        lines[-1] = "from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig"
+        lines[-1] = f"from transformers import {made}, AutoTokenizer, BitsAndBytesConfig"
         options.append(f"quantization_config={_quantization_code(plan.recipe.method, dtype)}")
     if plan.recipe.model.revision:
         options.append(f"revision={plan.recipe.model.revision!r}")
     lines += ["from peft import PeftModel", "", folder, tokenizer]
-    lines.append(f"base = AutoModelForCausalLM.from_pretrained({_place_code(plan, source)}, {', '.join(options)})")
+    lines.append(f"base = {made}.from_pretrained({_place_code(plan, source)}, {', '.join(options)})")
     lines.append("model = PeftModel.from_pretrained(base, folder)")
     note = ""
     if source.kind == "gguf" and isinstance(plan.recipe.method, QLora):
@@ -267,9 +268,10 @@ def _ask(lines: list[str], plan: Plan) -> str:
         ]
     else:
         asked = ['inputs = tokenizer("Once upon a time", return_tensors="pt")']
+    written = "output[0]" if plan.shape.is_pair else 'output[0, inputs["input_ids"].shape[1] :]'
     answer = [
         "output = model.generate(**inputs.to(model.device), max_new_tokens=100)",
-        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+        f"print(tokenizer.decode({written}, skip_special_tokens=True))",
     ]
     return "\n".join(["```python", *lines, "", *asked, *answer, "```"])
 

@@ -1,4 +1,4 @@
-"""A quantised model under ZeRO-3, quantised and sharded layer by layer: no rank ever holds all of it.
+"""A model under ZeRO-3 that is sharded after it was loaded, layer by layer, and quantised before: no rank ever holds all of it.
 
 transformers quantises only while it loads, and cannot do so under zero.Init: each rank would hold the whole quantised model before
 DeepSpeed shards it, 206 GiB of Llama-3.1-405B. Here the weights stay in their mapped files until their layer's turn comes.
@@ -18,23 +18,26 @@ if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, PreTrainedModel
 
 
-def quantise_and_shard(model: PreTrainedModel, plan: Plan, quantization: BitsAndBytesConfig, device: str) -> PreTrainedModel:
-    """The model in `quantization`'s 4 or 8 bits, a rank's part of each parameter on the device. It comes on the CPU, in 16 or 32 bits.
+def shard_by_layer(model: PreTrainedModel, plan: Plan, quantization: BitsAndBytesConfig | None, device: str) -> PreTrainedModel:
+    """The model in `quantization`'s 4 or 8 bits (None: as it is), a rank's part of each parameter on the device. It comes on the CPU, in 16
+    or 32 bits.
 
     Every rank must call it: DeepSpeed spreads rank 0's weights.
     """
     import deepspeed
 
-    wanted = find_quantised(model)
+    wanted = set() if quantization is None else find_quantised(model)
     for layer in [*find_decoder_layers(model), model]:
         for parent in layer.modules():
             for child_name, child in list(parent.named_children()):
-                if child in wanted:
+                if quantization is not None and child in wanted:
                     setattr(parent, child_name, quantise_linear(child, quantization, device))
         deepspeed.zero.Init(module=layer, config_dict_or_path=dict(plan.deepspeed))  # moves what is left to the device, and shards
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
+    if quantization is None:
+        return model
     # What transformers would have set: peft asks for the first, an export reads the second.
     if quantization.load_in_4bit:
         model.is_loaded_in_4bit = True
@@ -49,7 +52,7 @@ def find_quantised(model: PreTrainedModel) -> set[nn.Linear]:
     from transformers.quantizers.base import get_keys_to_not_convert
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    spared = get_keys_to_not_convert(model)
+    spared = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
     return {module for name, module in model.named_modules() if type(module) is nn.Linear and should_convert_module(name, spared)}
 
 
@@ -65,12 +68,13 @@ def round_as_quantised(linear: nn.Linear, quantization: BitsAndBytesConfig, devi
     linear.weight = nn.Parameter(dense.to(weight.device, weight.dtype), requires_grad=False)
 
 
-def find_decoder_layers(model: torch.nn.Module) -> torch.nn.ModuleList:
-    """The list of transformer layers: the longest ModuleList."""
+def find_decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The transformer layers: those of the longest ModuleList, and of an encoder-decoder's other stack."""
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     if not lists:
         raise ModelError(f"{type(model).__name__} has no list of layers", "set parallel.leaf_modules to false")
-    return max(lists, key=len)
+    longest = max(lists, key=len)
+    return [layer for layers in lists if type(layers[0]) is type(longest[0]) for layer in layers]
 
 
 def quantise_linear(linear: nn.Linear, quantization: Any, device: str) -> Any:
@@ -81,13 +85,15 @@ def quantise_linear(linear: nn.Linear, quantization: Any, device: str) -> Any:
         return quantise_to_int8(linear, quantization.llm_int8_threshold, device)
     import bitsandbytes as bnb
 
+    from launcher.train.int4 import SharedParams4bit
+
     with torch.device("meta"):
         layer = bnb.nn.Linear4bit(
             linear.in_features, linear.out_features, linear.bias is not None, quantization.bnb_4bit_compute_dtype,
             compress_statistics=quantization.bnb_4bit_use_double_quant, quant_type=quantization.bnb_4bit_quant_type,
             quant_storage=quantization.bnb_4bit_quant_storage,
         )  # fmt: skip
-    layer.weight = bnb.nn.Params4bit(
+    layer.weight = SharedParams4bit(
         linear.weight.data, requires_grad=False, compress_statistics=quantization.bnb_4bit_use_double_quant,
         quant_type=quantization.bnb_4bit_quant_type, quant_storage=quantization.bnb_4bit_quant_storage, module=layer,
     ).to(device)  # fmt: skip

@@ -131,7 +131,7 @@ def attend(
     """Scaled dot product attention with the memory of the kernel torch 2.13 picks (aten/native/transformers/sdp_utils).
 
     CUDA: flash without a mask in 16 bits where values are as wide as keys, else the memory-efficient kernel with the mask as a bias in the query's dtype.
-    CPU: the fused kernel, which takes a mask, and neither dropout nor values of another width; the plain one there.
+    CPU: the fused kernel, which takes a mask that needs no gradient, and neither dropout nor values of another width; the plain one there.
     """
     bias = None
     if attn_mask is not None:
@@ -140,7 +140,7 @@ def attend(
             bias = torch.where(attn_mask, torch.zeros((), dtype=query.dtype, device=query.device), float("-inf"))
     even = query.shape[-1] == value.shape[-1]
     if device == "cpu":
-        if dropout_p or not even:
+        if dropout_p or not even or (bias is not None and bias.requires_grad):
             plain: torch.Tensor = aten._scaled_dot_product_attention_math(
                 query, key, value, bias, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )[0]

@@ -38,7 +38,7 @@ from launcher.train.group import prove_group
 from launcher.train.loop import train
 from launcher.train.methods import apply_method
 from launcher.train.metrics import open_report
-from launcher.train.model import load_base, load_tokenizer, prepare_weights
+from launcher.train.model import find_start_id, load_base, load_tokenizer, prepare_weights
 from launcher.train.optim import build_optimizer, make_lr_schedule, make_param_groups
 from launcher.train.randomness import seed_rank
 from launcher.train.report import write_model_card, write_report
@@ -157,7 +157,8 @@ def _load_data(plan: Plan, tokenizer: PreTrainedTokenizerFast) -> tuple[Samples,
     data = plan.recipe.data
 
     def load(split: Literal["train", "eval"]) -> Samples:
-        return load_samples(data, split, tokenizer, base_dir=plan.base_dir, seed=plan.recipe.seed, cache_dir=cache_dir())
+        return load_samples(data, split, tokenizer, base_dir=plan.base_dir, seed=plan.recipe.seed, cache_dir=cache_dir(),
+                            start_id=find_start_id(plan, tokenizer))  # fmt: skip
 
     return load("train"), load("eval") if data.eval or data.eval_fraction else None
 
