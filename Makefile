@@ -48,7 +48,8 @@ memory:  ## predicted against measured memory on this CPU, tiny to 1.1B paramete
 	$(BIN)/python benchmarks/memory_cpu.py
 	$(BIN)/python benchmarks/memory_cgroup.py
 
-gpu-check:  ## the loop and the memory matrix on a GPU, under torchrun: no Ray needed, nothing is installed (PYTHON=... of an environment with torch for CUDA)
+gpu-check:  ## the loop and the memory matrix on a GPU, under torchrun: no Ray needed, nothing is installed (PYTHON=...; docs/gpu-check.md)
+	$(PYTHON) benchmarks/memory_gpu.py
 	$(PYTHON) -m pytest -m gpu tests/gpu
 
 recipe-heads: dev  ## write anew what the heads of recipes/ say they need

@@ -13,8 +13,11 @@ import platform
 import struct
 import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
 STEPS = 4
 """The first makes the optimizer's states; ZeRO-3 prefetches from the third on (deepspeed 0.19.8)."""
-RANDOM_UP_TO = 8 << 30
+RANDOM_UP_TO = 4 << 30
 """Bytes of weights. In a larger model matrices are zeros: holes in a sparse file, which a disk of any size takes."""
 
 GEOMETRIES: dict[str, str | dict[str, Any]] = {
@@ -40,7 +43,7 @@ GEOMETRIES: dict[str, str | dict[str, Any]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """One run. `sections` are further sections of its recipe."""
+    """One run. `sections` are further sections of its recipe, `env` of its environment."""
 
     model: str
     method: dict[str, Any] = field(default_factory=lambda: {"kind": "full"})
@@ -52,6 +55,7 @@ class Case:
     micro_batch_size: int = 1
     micro_steps: int = 1
     sections: dict[str, Any] = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -60,6 +64,7 @@ class Case:
         parts += ["checkpointing"] if self.checkpointing else []
         parts += [f"accumulate{self.micro_steps}"] if self.micro_steps > 1 else []
         parts += [f"{section}.{key}={value}" for section, keys in self.sections.items() for key, value in keys.items()]
+        parts += [value.replace(":", "=") for value in self.env.values()]
         return "-".join(parts)
 
 
@@ -76,14 +81,14 @@ def config_of(model: str) -> dict[str, Any]:
 
 def write_model(folder: Path, config: dict[str, Any]) -> Path:
     """A model folder of this geometry, with weights of a tenth of a standard deviation in bf16 and a tokenizer of 1,000 words."""
+    if (folder / "config.json").exists():
+        return folder
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     from launcher.plan.shape import shape_of_config
 
-    if (folder / "config.json").exists():
-        return folder
     folder.mkdir(parents=True, exist_ok=True)
     words = {"<pad>": 0, "<eos>": 1, "<unk>": 2} | {f"w{i}": i for i in range(3, 1000)}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -127,6 +132,7 @@ def make_plan_of(case: Case, folder: Path, accelerator: Any) -> Any:
     """The case's plan on this machine; its model and data are made in `folder`, its run folder too."""
     from launcher.cluster import find_local_cluster
     from launcher.plan import make_plan
+    from launcher.plan.memory import predict_memory
     from launcher.recipe import Recipe
 
     run_dir = folder / case.name
@@ -147,40 +153,92 @@ def make_plan_of(case: Case, folder: Path, accelerator: Any) -> Any:
     if accelerator == "cpu":  # a thread a rank, whatever else the machine does
         cluster = cluster.model_copy(update={"cpus_per_node": case.ranks})
     plan = make_plan(recipe, cluster, base_dir=str(folder), run_dir=str(run_dir))
+    if "expandable_segments:True" in case.env.values():  # a plan is of the native allocator
+        memory = predict_memory(plan.recipe, plan.shape, plan.layout, plan.batch, plan.cluster, deepspeed=plan.deepspeed,
+                                budget=plan.memory.budget, expandable_segments=True)  # fmt: skip
+        plan = replace(plan, memory=memory)
     plan.save(run_dir / "plan.json")
     return plan
 
 
-def run(plan: Any, module: Iterable[str], *, timeout: float = 1800, env: Mapping[str, str] = MappingProxyType({})) -> None:
-    """The plan's ranks under torchrun. Raises RuntimeError with the end of what they said."""
+def run(
+    plan: Any, module: Iterable[str], *, timeout: float = 1800, env: Mapping[str, str] = MappingProxyType({}), stop_early: bool = False
+) -> None:
+    """The plan's ranks under torchrun; with `stop_early` only until they have compared their memory with the plan: what they would save then,
+    a large model's states, takes minutes. Raises RuntimeError with the end of what they said, TimeoutExpired."""
     words = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={plan.layout.world_size}", "--standalone", *module]
     around = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "OMP_NUM_THREADS": str(plan.layout.threads_per_worker),
         "DS_ACCELERATOR": plan.layout.accelerator,
     }
-    done = subprocess.run(words, capture_output=True, text=True, timeout=timeout, check=False, env=around | dict(env))
-    if done.returncode:
-        # torchrun's own summary comes last and says nothing of what went wrong
-        said = [line for line in done.stderr.splitlines() if "Error" in line or "→" in line]
-        raise RuntimeError("\n".join(said[:10]) or done.stderr[-1500:])
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said, env=around | dict(env))
+        try:
+            stopped = _wait(process, plan.run_dir if stop_early else None, time.monotonic() + timeout)
+        except BaseException:
+            end_all(process)
+            raise
+        if process.returncode and not stopped:
+            # torchrun's own summary comes last and says nothing of what went wrong
+            said.seek(0)
+            text = said.read()
+            told = [line for line in text.splitlines() if "Error" in line or "→" in line]
+            raise RuntimeError("\n".join(told[:10]) or text[-1500:])
+
+
+def _wait(process: subprocess.Popen[bytes], run_dir: str | None, until: float) -> bool:
+    """Wait for its end; True where it was ended because the run in `run_dir` has said what it came for. Raises TimeoutExpired."""
+    while process.poll() is None:
+        if time.monotonic() > until:
+            raise subprocess.TimeoutExpired(process.args, timeout=0)
+        if run_dir is not None and any(event["event"] == "memory" for event in read_events(run_dir)):
+            end_all(process)
+            return True
+        time.sleep(0.2)
+    return False
+
+
+def end_all(process: subprocess.Popen[bytes]) -> None:
+    """torchrun and its ranks, which have sessions of their own (torch's elastic agent), at once: nothing is saved."""
+    import psutil
+
+    with suppress(psutil.NoSuchProcess):
+        for each in [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
+    process.wait()
 
 
 def read_events(run_dir: str) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(run_dir) / "metrics.jsonl").read_text().splitlines()]
+    """What a run has said so far: whole lines."""
+    path = Path(run_dir) / "metrics.jsonl"
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
-def read_comparison(run_dir: str) -> dict[str, dict[str, Any]]:
-    """What the run itself found when it compared itself with its plan."""
-    (event,) = [event for event in read_events(run_dir) if event["event"] == "memory"]
-    figures: dict[str, dict[str, Any]] = event["figures"]
-    return figures
+def read_comparison(run_dir: str) -> dict[str, Any]:
+    """The event of the run's own comparison with its plan."""
+    events = [event for event in read_events(run_dir) if event["event"] == "memory"]
+    if not events:
+        raise RuntimeError("the run ended before it compared its memory with the plan")
+    return events[-1]
 
 
-def measure_run(case: Case, folder: Path, accelerator: Any) -> tuple[Any, dict[str, Any]]:
+def measure_run(
+    case: Case, folder: Path, accelerator: Any, *, timeout: float = 1800, stop_early: bool = False
+) -> tuple[Any, dict[str, Any]]:
     """Plan the case, run it, and what the run measured beside what was predicted: of each figure bytes and the prediction's error."""
     plan = make_plan_of(case, folder, accelerator)
-    run(plan, ["-m", "launcher.train.worker", str(Path(plan.run_dir) / "plan.json")])
+    worker = ["-m", "launcher.train.worker", str(Path(plan.run_dir) / "plan.json")]
+    try:
+        run(plan, worker, timeout=timeout, env=case.env, stop_early=stop_early)
+    except RuntimeError as error:
+        device = plan.memory.device("total")
+        raise RuntimeError(
+            f"{error}\n(planned: {plan.memory.verdict}, {device.p50} bytes of {plan.memory.budget}, P95 {device.p95})"
+        ) from None
+    found = read_comparison(plan.run_dir)
     figures = {
         name: {
             "predicted": f["predicted"],
@@ -188,9 +246,12 @@ def measure_run(case: Case, folder: Path, accelerator: Any) -> tuple[Any, dict[s
             "measured": f["measured"],
             "error": f["predicted"] / f["measured"] - 1,
         }
-        for name, f in read_comparison(plan.run_dir).items()
+        for name, f in found["figures"].items()
     }
-    return plan, {**case_facts(case), "figures": figures}
+    # The most that was allocated until the engine stood: whether each rank had the whole model, as the plan has it for loading or not.
+    building = [phase.allocated_bytes for phase in plan.memory.phases if phase.name in ("load", "engine start")]
+    built = {"predicted": max(building), "measured": found["built_peak_bytes"]} if accelerator == "cuda" else None
+    return plan, {**case_facts(case), "verdict": plan.memory.verdict, "figures": figures, "built": built}
 
 
 def describe(row: dict[str, Any]) -> str:

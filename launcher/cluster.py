@@ -10,13 +10,13 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt, field_validator
 
 from launcher.errors import ClusterError, RecipeError
 from launcher.schema import Spec, check_document, load_document
-from launcher.units import MIB
+from launcher.units import MIB, make_bytes
 
 Accelerator = Literal["cpu", "cuda"]
 
@@ -62,9 +62,9 @@ class Cluster(Spec):
     cpus_per_node: PositiveInt = 1
     """Cores of a machine."""
     device_memory: PositiveInt = 1
-    """Bytes of one device; on CPU a worker's share of host memory."""
+    """Memory of one device, as a size such as 80GiB or in bytes; on CPU a worker's share of host memory."""
     host_memory: PositiveInt = 1
-    """Bytes of a machine's memory."""
+    """A machine's memory, as a size such as 512GiB or in bytes."""
     bf16: bool = False
     """Whether the devices compute in bf16 natively (compute capability 8.0 and up; avx512_bf16 or amx_bf16)."""
     amx: bool = False
@@ -73,6 +73,16 @@ class Cluster(Spec):
     """What one device costs an hour, in any currency: the dry run estimates the cost of a run from it."""
     ray: RayOptions = RayOptions()
     """How a run is placed on a Ray cluster."""
+
+    @field_validator("device_memory", "host_memory", mode="before")
+    @classmethod
+    def _with_unit(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return make_bytes(value)
+        except ValueError:
+            raise ValueError("should be a size with its unit, such as 80GiB, or a number of bytes") from None
 
 
 def load_cluster(path: Path) -> Cluster:

@@ -29,6 +29,7 @@ body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(
 h1 { font-size: 1.5rem; margin: 0 } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem }
 .verdict { font-weight: 700 } .FITS { color: var(--good) } .TIGHT { color: var(--near) } .DOES { color: var(--bad) }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums } .wide { overflow-x: auto }
+.wide table { font-size: .78rem } .wide td, .wide th { padding-right: .35rem } .wide td:first-child { white-space: nowrap }
 th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top }
 th { color: var(--dim); font-weight: 500 } td.n, th.n { text-align: right; white-space: nowrap }
 svg { width: 100%; height: auto } svg text { fill: var(--ink); font-size: 12px } svg .dim { fill: var(--dim) } svg .grid { stroke: var(--line) }

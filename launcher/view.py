@@ -186,13 +186,19 @@ def _splits_table(data: ShownData) -> Any:
         ("tokens", lambda stats: f"{stats['tokens']:,}"),
         ("with loss", lambda stats: f"{stats['target_tokens']:,} ({stats['target_tokens'] / stats['tokens']:.0%})"),
         ("length: mean, median, longest", lambda stats: f"{stats['mean_length']:g}, {stats['p50_length']}, {stats['max_length']}"),
-        (f"sequences of {data.seq_len}" + ("" if data.packing else ", one example each"), lambda stats: f"{stats['samples']:,}"),
+        (_name_sequences(data), lambda stats: f"{stats['samples']:,}"),
         ("filled", lambda stats: f"{stats['fill']:.1%}"),
         ("dropped, truncated (too long)", lambda stats: f"{stats['dropped']}, {stats['truncated']}"),
     ]
     for label, cell in rows:
         table.add_row(label, *(cell(split.stats) for split in data.splits))
     return table
+
+
+def _name_sequences(data: ShownData) -> str:
+    if data.target_len is not None:
+        return f"sources of at most {data.seq_len}, targets of at most {data.target_len}"
+    return f"sequences of {data.seq_len}" + ("" if data.packing else ", one example each")
 
 
 def draw_histogram(bins: list[Bin], width: int = 40) -> list[str]:

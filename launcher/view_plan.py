@@ -256,10 +256,10 @@ def _print_suggestions(console: Console, suggestions: list[Suggestion], nodes: i
 
 
 def describe_slowdown(slowdown: float) -> str:
-    """1.3 → "1.3 × the time of a step"; what is no slower says so."""
+    """1.3 → "about 1.3 × the time"; what is no slower says so."""
     if 0.95 < slowdown < 1.05:
         return "about as fast"
-    return f"about {slowdown:.1f} × the time a step" if slowdown > 1 else f"about {1 / slowdown:.1f} × as fast"
+    return f"about {slowdown:.1f} × the time" if slowdown > 1 else f"about {1 / slowdown:.1f} × as fast"
 
 
 def format_changes(changes: Changes) -> list[str]:
@@ -292,8 +292,8 @@ def _print_choice(console: Console, choice: Choice) -> None:
     if not choice.considered:
         console.print("nothing in this recipe is auto, so there was nothing to choose", style="bold")
         return
-    title = f"considered for auto: {len(choice.considered)} of {choice.total} candidates, fastest first"
-    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    console.print(f"considered for auto: {len(choice.considered)} of {choice.total} candidates, fastest first", style="bold")
+    table = Table(box=None, pad_edge=False)
     # A key that every candidate has alike takes no column.
     shown = [(head, key) for head, key in EXPLAINED if len({describe_setting(key, c) for c in choice.considered}) > 1]
     for name in (*(head for head, _ in shown), "micro", "a step", "needs (P95)", "verdict"):
@@ -318,7 +318,8 @@ def _print_choice(console: Console, choice: Choice) -> None:
     if hidden > 0:
         console.print(f"{hidden} in the middle are not shown: --json has them all", style="dim")
     if left:
-        console.print(f"the {left} others are slower, and were not looked at", style="dim")
+        rest = f"the {left} others are slower, and were" if left > 1 else "the other one is slower, and was"
+        console.print(f"{rest} not looked at", style="dim")
 
 
 def print_sweep(cells: list[Cell], axes: list[str], stream: TextIO) -> None:

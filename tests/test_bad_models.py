@@ -18,6 +18,8 @@ from launcher.plan.shape import shape_of_config
 LLAMA: dict[str, Any] = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_hidden_layers": 4,
                          "vocab_size": 160, "max_position_embeddings": 64}  # fmt: skip
 
+MOE = {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+
 
 @pytest.mark.parametrize("missing", [key for key in LLAMA if key not in ("num_hidden_layers", "max_position_embeddings")])
 def test_a_config_without_a_field_names_the_field(missing: str) -> None:
@@ -34,7 +36,11 @@ def test_a_config_without_a_field_names_the_field(missing: str) -> None:
      ({"model_type": "qwen3_moe", "num_experts": 4}, "has no num_experts_per_tok, which a qwen3_moe needs"),
      ({"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}, "has no moe_intermediate_size, which a qwen3_moe needs"),
      ({"model_type": "t5", "d_model": 64, "num_layers": 2, "num_heads": 4}, "has no d_ff, which a t5 needs"),
-     ({"vocab_size": True}, "vocab_size is True"), ({"num_hidden_layers": 10_000_000}, "no model has more than 10000")],
+     ({"vocab_size": True}, "vocab_size is True"), ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'"),
+     (MOE | {"num_experts_per_tok": "2"}, "num_experts_per_tok is '2', and not a whole number"),
+     (MOE | {"moe_intermediate_size": -5}, "moe_intermediate_size is -5, and not a whole number"),
+     (MOE | {"num_experts_per_tok": 5}, "num_experts_per_tok is 5, and there are 4 experts"),
+     ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "sliding_window_pattern is 0"), ({"num_hidden_layers": 10_000_000}, "no model has more than 10000")],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_numbers_that_do_not_go_together(changes: dict[str, Any], problem: str) -> None:
@@ -72,6 +78,18 @@ def test_the_command_line_says_what_is_wrong(tmp_path: Path, arguments: list[str
     outcome = dry_run(tmp_path, *arguments)
     said = re.sub(r"[│\s]+", " ", f"{outcome.exception}{outcome.output}")
     assert outcome.exit_code != 0 and expected in said
+
+
+def test_a_folder_with_nothing_but_a_config_can_be_planned_and_not_run(tmp_path: Path) -> None:
+    """Chat data too: whether its tokenizer has a template is not known."""
+    dry_run(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "t.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}\n')
+    outcome = CliRunner().invoke(app, [str(tmp_path / "r.yaml"), "--dry-run", "--gpu", "h100", "--json"])
+    assert outcome.exit_code == 0 and any("planned and not run" in note for note in json.loads(outcome.stdout)["notes"])
+    refused = CliRunner().invoke(app, [str(tmp_path / "r.yaml"), "--accelerator", "cpu"])
+    said = re.sub(r"[│\s]+", " ", f"{refused.exception}{refused.output}")
+    assert refused.exit_code == ModelError.exit_code and "has no weights" in said and not (tmp_path / "runs").exists()
 
 
 def test_a_budget_above_what_the_device_has_is_the_devices(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from launcher.cluster import load_cluster, locate_cluster
-from launcher.errors import ClusterError
+from launcher.errors import ClusterError, RecipeError
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "cluster"
@@ -40,6 +40,15 @@ def test_the_readme_lists_every_file() -> None:
 def test_cluster_files_are_clusters(path: Path) -> None:
     assert load_cluster(path).device_memory > 1 << 30
     assert locate_cluster(path.stem) is not None
+
+
+def test_sizes_have_a_unit_or_are_bytes(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("device_memory: 80GiB\nhost_memory: 200000000000\n")
+    cluster = load_cluster(tmp_path / "c.yaml")
+    assert (cluster.device_memory, cluster.host_memory) == (80 << 30, 200_000_000_000)
+    (tmp_path / "c.yaml").write_text("device_memory: 80 gigs\n")
+    with pytest.raises(RecipeError, match="should be a size with its unit, such as 80GiB, or a number of bytes"):
+        load_cluster(tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize("name", sorted(NOT_CLUSTER_FILES))

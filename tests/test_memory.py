@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +15,13 @@ import pytest
 from launcher.cluster import Cluster
 from launcher.plan.allocator import Allocator, replay
 from launcher.plan.budget import Component, Figure, MemoryPlan, add_up, judge
+from launcher.plan.devices import find_device, make_cluster
 from launcher.plan.gathering import gather
 from launcher.plan.host import round_pinned
 from launcher.plan.memory import make_sharding, make_workload, predict_memory
 from launcher.plan.plan import Plan, make_plan
 from launcher.recipe import Recipe
+from launcher.recipe_file import load_recipe
 from launcher.units import GIB, MIB
 
 ROOT = Path(__file__).parent.parent
@@ -145,21 +148,40 @@ def test_the_document_has_what_the_schema_promises() -> None:
 # ------------------------------------------------------------------------------------------------- by hand
 
 
-def test_a_worked_example() -> None:
-    """docs/plan.md's: Llama-3.1-8B, every weight trained, ZeRO-3 over 8 ranks, 2,048 tokens."""
-    params, ranks, tokens = 8_030_261_248, 8, 2048
-    held = {
-        part.name: part.bytes
-        for phase in plan_of(parallel={"zero_stage": 3}).memory.phases
-        if phase.name == "loss"
-        for part in phase.components
+def test_the_worked_example_of_the_docs_is_the_plan_to_the_byte() -> None:
+    """docs/dry-run.md's: Llama-3.1-8B, every weight trained, ZeRO-3 over 8 A100s, packed rows of 2,048 tokens."""
+    text = (Path(__file__).parent.parent / "docs/dry-run.md").read_text(encoding="utf-8")
+    section = text[text.index("## A worked example") : text.index("## What is held")]
+    told = {name: int(size.replace(",", "")) for name, size in re.findall(r"^\| ([^|]+?) \|[^|]*\| ([\d,]+) \|$", section, re.MULTILINE)}
+    overrides = ("data.seq_len=2048", "batch.global_batch_size=8", "batch.micro_batch_size=1")
+    assert " ".join(overrides) in section
+    recipe = load_recipe(ROOT / "recipes/llama-3.1-8b-full.yaml", overrides)
+    cluster = make_cluster(find_device("a100-80gb"), nodes=1, gpus_per_node=8)
+    plan = make_plan(recipe, cluster, base_dir=str(ROOT / "recipes"), run_dir="/runs/p").memory
+    phases = {phase.name: phase for phase in plan.phases}
+    allocated = {
+        part.name: part.bytes for name in ("optimizer step", "loss") for part in phases[name].components if part.counts_in == "allocated"
     }
-    assert held["fp32 master"] == 4 * params // ranks and held["optimizer states"] == 8 * params // ranks
-    assert held["gradients"] == 2 * params // ranks and held["buckets"] == 2 * 500_000_000
-    assert held["weights"] == 2 * params // ranks + 2 * 65 * 4096, "norms are under the threshold: every rank holds them whole too"
-    assert held["activation checkpoints"] == 32 * 2 * 4096 * tokens
-    assert held["gathered parameters"] == 2 * (2 * 4096**2 + 2 * 1024 * 4096 + 2 * 14_336 * 4096), "sent for, of the last layer"
-    assert held["logits and loss"] == pytest.approx(12 * 128_256 * (tokens - 1), rel=0.01)
+    alike = {part.name for part in phases["optimizer step"].components}
+    together = sum(part.bytes for part in phases["loss"].components if part.counts_in == "allocated" and part.name in alike)
+    sums = {"together": together, "allocated in the loss": phases["loss"].allocated_bytes,
+            "allocated in the optimizer step": phases["optimizer step"].allocated_bytes}  # fmt: skip
+    assert told == allocated | sums
+    need = plan.device("total")
+    assert plan.decisive_phase == "optimizer step" and plan.verdict == "FITS"
+    for size in (plan.device("reserved").p50, need.p50, plan.device("allocated").p95):
+        assert f"{size:,}" in section
+    assert f"{need.p95 / 1e9:.1f} GB of the {plan.budget / 1e9:.1f} GB" in section
+
+    params, ranks, tokens = 8_030_261_248, 8, 2048
+    part = params // ranks
+    assert told["weights"] == 2 * part + 2 * 65 * 4096 and told["fp32 master"] == 4 * part and told["optimizer states"] == 8 * part
+    assert told["gradients"] == 2 * part and told["buckets"] == 2 * 500_000_000 and told["library workspace"] == 2 * 8.125 * MIB
+    assert told["gathered parameters"] == 2 * (2 * 4096**2 + 2 * 1024 * 4096 + 2 * 14_336 * 4096), "sent for, of the last layer"
+    assert told["activation checkpoints"] == 2 * 4096 * 32 * tokens
+    assert told["activations"] == 6 * 4096 * tokens + 4 * tokens + tokens**2 + 4 * 128 * tokens + 8 * tokens + 512
+    assert told["logits and loss"] == (12 * 128_256 + 2 * 4096) * (tokens - 1) + 512
+    assert told["step workspace"] == 6 * (part - 65 * 4096 // ranks)
 
 
 def test_ranks_shard_and_offload_moves() -> None:
@@ -203,6 +225,18 @@ def test_what_zero_3_keeps_gathered_at_the_turn() -> None:
     assert gathered.forward == first.forward == layer + 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 4096 * 14336), (
         "a layer, and 50M elements ahead"
     )
+
+
+def test_a_host_holds_a_spare_worker_a_rank_once_a_run_steps() -> None:
+    """540 MiB were measured of a process with a worker's libraries and nothing else."""
+    plan = plan_of(parallel={"zero_stage": 3})
+    without = plan.cluster.model_copy(update={"ray": plan.cluster.ray.model_copy(update={"spare_workers": False})})
+    alone = predict_memory(plan.recipe, plan.shape, plan.layout, plan.batch, without, deepspeed=plan.deepspeed)
+    for phase in plan.memory.host_phases:
+        bare = next(other for other in alone.host_phases if other.name == phase.name)
+        stands_by = phase.name in ("optimizer step", "save")
+        assert phase.total_bytes - bare.total_bytes == (8 * 540 * MIB if stands_by else 0), phase.name
+        assert stands_by == ("spare workers" in {part.name for part in phase.components})
 
 
 # ------------------------------------------------------------------------------------------------- speed

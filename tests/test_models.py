@@ -13,7 +13,7 @@ from plans import CONFIG, SMOLLM2, plan_of, write_config
 from launcher.errors import ModelError
 from launcher.plan.gguf import read_gguf_header
 from launcher.plan.shape import ModelShape, load_shape
-from launcher.plan.source import locate_model
+from launcher.plan.source import locate_config, locate_model
 
 
 def test_the_shape_of_the_quickstart_model() -> None:
@@ -68,7 +68,7 @@ def test_numbers_that_may_be_left_out(tmp_path: Path) -> None:
 def test_a_chat_template_is_seen(tmp_path: Path) -> None:
     folder = write_config(tmp_path / "m", CONFIG)
 
-    def has_template() -> bool:
+    def has_template() -> bool | None:
         return load_shape(locate_model(str(folder), "."), None).has_chat_template
 
     assert not has_template()
@@ -92,6 +92,7 @@ def test_a_folder_without_weights_or_with_the_wrong_ones(tmp_path: Path) -> None
     assert told() == f"{start} no config.json → name a folder in the transformers layout, or a .gguf file"
     (folder / "config.json").write_text(json.dumps(CONFIG))
     assert told() == f"{start} no weights (*.safetensors) → download the weights (*.safetensors) too"
+    assert load_shape(locate_config(str(folder), "."), None).hidden_size == CONFIG["hidden_size"], "a plan needs none"
     (folder / "pytorch_model.bin").touch()
     assert told().endswith("→ only safetensors is read, and it holds pytorch_model.bin (pickle): convert it first")
     (folder / "model.safetensors").touch()

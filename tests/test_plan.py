@@ -301,12 +301,12 @@ def test_the_cluster_file_that_ships_reads() -> None:
 
 
 def test_a_wrong_cluster_file_has_its_faults_told(tmp_path: Path) -> None:
-    (tmp_path / "c.yaml").write_text("name: farm\ngpus: 8\naccelerator: gpu\ndevice_memory: 24GiB\n")
+    (tmp_path / "c.yaml").write_text("name: farm\ngpus: 8\naccelerator: gpu\ndevice_memory: 24 gigs\n")
     with pytest.raises(RecipeError) as caught:
         load_cluster(tmp_path / "c.yaml")
     found = {fault.key: (fault.where.rpartition(":")[2], fault.problem) for fault in caught.value.faults}
     assert found == {"gpus": ("2", "unknown key"), "accelerator": ("3", "'gpu' should be 'cpu' or 'cuda'"),
-                     "device_memory": ("4", "'24GiB' should be a valid integer")}  # fmt: skip
+                     "device_memory": ("4", "'24 gigs' should be a size with its unit, such as 80GiB, or a number of bytes")}  # fmt: skip
 
 
 HEAVY = ("torch", "ray", "transformers", "deepspeed", "peft", "bitsandbytes", "datasets")

@@ -16,13 +16,14 @@ from launcher.plan import Plan, make_plan
 from launcher.plan.advise import suggest_nodes
 from launcher.plan.budget import VERDICTS
 from launcher.plan.devices import find_device, make_cluster
-from launcher.plan.dry_run import make_document, make_dry_run
+from launcher.plan.dry_run import estimate_plan, make_document, make_dry_run
 from launcher.plan.memory import count_trainable
 from launcher.plan.plan import make_choice, make_predictor, make_suggestions
 from launcher.plan.solve import Candidate, apply_changes, make_candidates
 from launcher.plan.sweep import is_axis, make_sweep, read_axis
 from launcher.recipe import Lora, QLora, Recipe
 from launcher.recipe_file import load_recipe
+from launcher.units import GIB
 from launcher.view_plan import format_changes
 
 LLAMA_8B, LLAMA_1B = "meta-llama/Llama-3.1-8B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"
@@ -151,6 +152,47 @@ def test_each_suggestion_does_fit_and_is_minimal(tmp_path: Path) -> None:
     assert [bool(item.effect) for item in suggestions] == sorted(bool(item.effect) for item in suggestions), (
         "what keeps the result comes first"
     )
+
+
+@pytest.mark.parametrize(("method", "stage", "gpus", "seq_len"), [("full", 3, 1, 2048), ("lora", 3, 1, 4096), ("full", 2, 8, 65536)])
+def test_a_suggestion_tells_what_the_plan_will_be_with_it(method: str, stage: int, gpus: int, seq_len: int) -> None:
+    """The micro-batch that the plan then chooses included; no key that the recipe has so already; nothing that gives up more and is no faster."""
+    name = "meta-llama/Llama-3.3-70B-Instruct" if method == "lora" else LLAMA_8B
+    data = {"train": "hub://x/y", "seq_len": seq_len}
+    recipe = recipe_of(name, method={"kind": method}, parallel={"zero_stage": stage}, data=data)
+    plan = plan_of(recipe, on("h100", each=gpus))
+    suggestions = make_suggestions(plan)
+    assert plan.memory.verdict == "DOES NOT FIT" and len(suggestions) >= 2
+    for suggestion in suggestions:
+        there = plan_of(apply_changes(recipe, suggestion.changes), plan.cluster)
+        speed = estimate_plan(there)
+        assert there.memory.verdict == "FITS" and there.memory.device("total").p95 == suggestion.need
+        assert speed is not None and speed.step_s == pytest.approx(suggestion.step_s)
+        assert suggestion.changes.get("parallel.zero_stage") != stage
+    lossless = min(item.slowdown for item in suggestions if not item.effect)
+    assert all(item.slowdown < lossless for item in suggestions if item.effect)
+
+
+def test_where_evaluating_decides_its_micro_batch_is_told_to_shrink() -> None:
+    recipe = recipe_of(method={"kind": "lora"}, batch={"micro_batch_size": 1}, evaluate={"micro_batch_size": 64},
+                       data={"train": "hub://x/y", "eval_fraction": 0.1, "seq_len": 4096})  # fmt: skip
+    plan = plan_of(recipe, on("h100"))
+    assert plan.memory.decisive_phase == "evaluation"
+    assert make_suggestions(plan)[0].changes == {"evaluate.micro_batch_size": "auto"}
+
+
+def test_the_reason_of_a_choice_differs_in_that_key_alone() -> None:
+    """What another stage would need is told at the same micro-batch and checkpointing, or not at all."""
+    recipe = recipe_of(**ALL_AUTO)
+    cluster = on("l4", each=2)
+    taken = settings(plan := plan_of(recipe, cluster))
+    (note,) = [note for note in plan.notes if note.startswith("parallel.offload: all")]
+    assert taken["offload"] == (True, True) and "none would need " in note
+    told = float(note.partition("none would need ")[2].split()[0])
+    alike = apply_changes(
+        plan.recipe, {"parallel.offload_optimizer": False, "parallel.offload_param": False, "batch.micro_batch_size": taken["micro"]}
+    )
+    assert plan_of(alike, cluster).memory.device("total").p95 / GIB == pytest.approx(told, abs=0.06)
 
 
 def test_more_machines_are_suggested_where_they_help() -> None:

@@ -125,10 +125,12 @@ def _write_page(dry: DryRun, path: Path) -> None:
 def check_fits(plan: Plan, told: TextIO) -> None:
     """Refuse a run that cannot start or is expected not to fit; warn of one that may not. Raises ModelError, or BudgetError with what would fit."""
     from launcher.plan.plan import make_suggestions
+    from launcher.plan.source import locate_model
     from launcher.plan.trainable import find_obstacle
     from launcher.units import format_bytes
     from launcher.view_plan import describe_verdict, format_changes
 
+    locate_model(plan.recipe.model.name_or_path, plan.base_dir)
     if (obstacle := find_obstacle(plan.shape, plan.recipe)) is not None:
         raise ModelError(f"the run cannot start: {obstacle}", "add --dry-run to plan it all the same")
     memory = plan.memory

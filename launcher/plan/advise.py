@@ -8,12 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 from launcher.cluster import Cluster
-from launcher.plan.batch import list_divisors
+from launcher.plan.batch import BatchPlan, list_divisors
 from launcher.plan.budget import MemoryPlan
 from launcher.plan.devices import Device
 from launcher.plan.layout import Layout, make_layout
 from launcher.plan.shape import ModelShape
-from launcher.plan.solve import Changes, Floor, Predict, apply_changes, is_possible, list_quantised, make_micro_batch
+from launcher.plan.solve import (
+    Changes,
+    Floor,
+    Predict,
+    apply_changes,
+    choose,
+    is_possible,
+    list_quantised,
+    make_candidates,
+    make_micro_batch,
+)
 from launcher.plan.speed import estimate_step
 from launcher.recipe import Lora, QLora, Recipe
 
@@ -29,7 +39,7 @@ class Suggestion:
     changes: Changes
     step_s: float
     slowdown: float
-    """Times as long as the recipe as it is would take, were there room for it."""
+    """Times as long for as many tokens as the recipe as it is would take, were there room for it."""
     need: int
     """Bytes of a device at P95."""
     effect: str
@@ -55,8 +65,11 @@ def _list_steps(recipe: Recipe, layout: Layout) -> list[list[_Step]]:
     lists.append([_Step(changes={"memory.gradient_checkpointing": how}, grade=0) for how in checkpointing])
     if layout.loss == "plain":
         lists.append([_Step(changes={"model.loss": "chunked"}, grade=0)])
-    smaller = list_divisors(_micro_of(recipe, layout))[:-1]
+    micro = recipe.batch.micro_batch_size
+    smaller = [] if micro == "auto" else list_divisors(micro)[:-1]  # what the plan chooses anew needs no advice
     lists.append([_Step(changes={"batch.micro_batch_size": size}, grade=0) for size in dict.fromkeys(smaller[-1:] + smaller[:1])])
+    if recipe.evaluate.micro_batch_size not in ("auto", 1):
+        lists.append([_Step(changes={"evaluate.micro_batch_size": size}, grade=0) for size in ("auto", 1)])
     parallel = [_Step(changes={"parallel.zero_stage": s}, grade=0) for s in (1, 2, 3) if s > stage and layout.world_size > 1]
     if not layout.offload_optimizer and optim in ("adamw", "sgd", "adafactor"):
         parallel += [_Step(changes={"parallel.zero_stage": s, "parallel.offload_optimizer": True}, grade=0) for s in (max(stage, 2), 3)]
@@ -71,11 +84,6 @@ def _list_steps(recipe: Recipe, layout: Layout) -> list[list[_Step]]:
         halves = [recipe.data.seq_len // by for by in (2, 4, 8) if recipe.data.seq_len // by >= 256]
         lists.append([_Step(changes={"data.seq_len": length}, grade=2, effect="shorter sequences") for length in halves])
     return [steps for steps in lists if steps]
-
-
-def _micro_of(recipe: Recipe, layout: Layout) -> int:
-    micro = recipe.batch.micro_batch_size
-    return max(1, recipe.batch.global_batch_size // layout.world_size) if micro == "auto" else micro
 
 
 def _lighter_methods(method: Any) -> Iterator[_Step]:
@@ -94,6 +102,7 @@ def _lighter_methods(method: Any) -> Iterator[_Step]:
 
 def suggest_changes(
     recipe: Recipe,
+    batch: BatchPlan,
     shape: ModelShape,
     cluster: Cluster,
     device: Device | None,
@@ -103,47 +112,59 @@ def suggest_changes(
     predict: Predict,
     confirm: Predict,
 ) -> list[Suggestion]:
-    """The cheapest changes that make a recipe fit, best first; none where nothing does.
+    """The cheapest changes that make a recipe fit, best first; none where nothing does. `batch` is what it was planned with.
 
     First what leaves the result as it is, then what costs precision, then what trains something else, by their speed.
-    A change is left out where a part of it, or a milder one, would do.
+    A change is left out where a part of it, or a milder one, would do, and where something that gives up less is as fast.
+    Where the recipe leaves the micro-batch to the plan, each change is told with the one that the plan would choose then.
     """
     layout, _ = make_layout(recipe, cluster)
-    before = _time_of(recipe, shape, layout, device, trained_of)
+    before = estimate_step(recipe, shape, layout, batch, device, trained_of(recipe)).step_s / batch.seq_len if device else 1.0
     lists, tried = _list_steps(recipe, layout), 0
     found: list[tuple[tuple[int, float, int], tuple[int, ...], Suggestion]] = []
     for picks in sorted(itertools.product(*(range(len(steps) + 1) for steps in lists)), key=lambda picks: _rank_picks(picks, lists)):
         steps = [lists[number][pick - 1] for number, pick in enumerate(picks) if pick]
-        changes: Changes = {key: value for step in steps for key, value in step.changes.items()}
+        changes = _leave_out_what_is(recipe, {key: value for step in steps for key, value in step.changes.items()})
         changed = apply_changes(recipe, changes)
         milder_does = any(all(mild <= pick for mild, pick in zip(other, picks, strict=True)) for _, other, _ in found)
-        if not steps or milder_does or not is_possible(changed, recipe, shape, cluster):
+        if not changes or milder_does or not is_possible(changed, recipe, shape, cluster):
             continue
-        settled, _ = make_layout(changed, cluster)
-        batch = make_micro_batch(changed, settled, _micro_of(changed, settled))
-        if tried == MOST_CONFIRMED or floor(changed, settled, batch) > budget or predict(changed, settled, batch).verdict != "FITS":
+        if tried == MOST_CONFIRMED or not _may_fit(changed, cluster, budget, floor, predict):
             continue
         tried += 1
-        memory = confirm(changed, settled, batch)
-        if memory.verdict != "FITS":
+        taken = choose(make_candidates(changed, shape, cluster, device, trained_of(changed)), budget, floor, predict, confirm).taken
+        if taken.memory is None or taken.verdict != "FITS":
             continue
-        step_s = _time_of(changed, shape, settled, device, trained_of)
         grade = max(step.grade for step in steps)
-        suggestion = Suggestion(changes=changes, step_s=step_s, slowdown=step_s / before, need=memory.device("total").p95,
+        slowdown = taken.step_s / taken.batch.seq_len / before if device else 1.0
+        suggestion = Suggestion(changes=changes, step_s=taken.step_s, slowdown=slowdown, need=taken.memory.device("total").p95,
                                 effect=", ".join(step.effect for step in steps if step.effect))  # fmt: skip
-        found.append(((grade, step_s, len(changes)), picks, suggestion))
-    return [suggestion for _, _, suggestion in sorted(found, key=lambda item: item[0])][:ENOUGH_SUGGESTIONS]
+        found.append(((grade, slowdown, len(changes)), picks, suggestion))
+    found.sort(key=lambda item: item[0])
+    worth = [
+        suggestion for rank, _, suggestion in found if not device or all(other[1] > rank[1] for other, _, _ in found if other[0] < rank[0])
+    ]
+    return worth[:ENOUGH_SUGGESTIONS]
+
+
+def _leave_out_what_is(recipe: Recipe, changes: Changes) -> Changes:
+    """The changes without those that the recipe says already."""
+    asked = recipe.model_dump()
+    return {key: value for key, value in changes.items() if "." not in key or asked[key.partition(".")[0]][key.partition(".")[2]] != value}
+
+
+def _may_fit(recipe: Recipe, cluster: Cluster, budget: int, floor: Floor, predict: Predict) -> bool:
+    """With the least micro-batch that the recipe allows."""
+    layout, _ = make_layout(recipe, cluster)
+    micro = recipe.batch.micro_batch_size
+    of = recipe, layout, make_micro_batch(recipe, layout, 1 if micro == "auto" else micro)
+    return floor(*of) <= budget and predict(*of).verdict == "FITS"
 
 
 def _rank_picks(picks: tuple[int, ...], lists: list[list[_Step]]) -> tuple[int, int, int]:
     """What is given up by a pick of each list (0 is none of it): milder picks come before all that contain them."""
     steps = [lists[number][pick - 1] for number, pick in enumerate(picks) if pick]
     return max((step.grade for step in steps), default=0), len(steps), sum(picks)
-
-
-def _time_of(recipe: Recipe, shape: ModelShape, layout: Layout, device: Device | None, trained_of: Callable[[Recipe], int]) -> float:
-    batch = make_micro_batch(recipe, layout, _micro_of(recipe, layout))
-    return estimate_step(recipe, shape, layout, batch, device, trained_of(recipe)).step_s if device else 1.0
 
 
 def suggest_nodes(

@@ -85,6 +85,8 @@ def find_device(name: str) -> Device:
     device = called.get(_plain(name)) or find_device_called(name)
     if device is not None:
         return device
+    if _plain(name) == "cpu":
+        raise ClusterError("--gpu cpu: a CPU is no GPU", "leave --gpu out and add --accelerator cpu, to plan for this machine's cores")
     near = list(dict.fromkeys(called[known].name for known in difflib.get_close_matches(_plain(name), called, 3, 0.5)))
     remedy = f"did you mean {' or '.join(near)}? " if near else ""
     raise ClusterError(
@@ -95,7 +97,7 @@ def find_device(name: str) -> Device:
 def _plain(name: str) -> str:
     """A name without what people write differently: "RTX 4090", "rtx-4090" and "NVIDIA GeForce RTX4090" are one."""
     letters = re.sub(r"[^a-z0-9]|nvidia|geforce|tesla|amd|instinct", "", name.lower())
-    return re.sub(r"(?<=\d)gb?$", "", letters)
+    return re.sub(r"(?<=\d)gb$|(?<=\d{3})g$", "", letters)  # a size; AWS' A10G is a name
 
 
 def find_device_called(smi_name: str) -> Device | None:

@@ -66,7 +66,7 @@ def make_host_phases(
     base = Component(name=LIBRARIES, bytes=libraries * workers, provenance="fitted", error=error)
     rounded = sum(round_pinned(size) for size in states.host_pinned)
     offloaded = states.host - sum(states.host_pinned) + rounded
-    held = [base, Component(name="optimizer states", bytes=offloaded * workers, provenance="source", error=0.1), *waiting]
+    held = [base, Component(name="optimizer states", bytes=offloaded * workers, provenance="source", error=0.1)]
     if checkpoints:
         held.append(Component(name="activation checkpoints", bytes=round_pinned(checkpoints) * workers, provenance="source", error=0.1))
     width = DTYPE_BYTES[layout.dtype]
@@ -79,9 +79,14 @@ def make_host_phases(
     staged = replace(staging, bytes=staging.bytes * workers)
     phases = {
         "load": [base, Component(name="weights", bytes=loading, provenance="source", error=0.2)],
-        "optimizer step": [*held, Component(name="step workspace", bytes=states.host_step * workers, provenance="source", error=0.1)],
+        "optimizer step": [
+            *held,
+            *waiting,
+            Component(name="step workspace", bytes=states.host_step * workers, provenance="source", error=0.1),
+        ],
         "save": [
             *held,
+            *waiting,
             staged,
             Component(name="weights", bytes=exported, provenance="source", error=0.05),
         ],

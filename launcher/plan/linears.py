@@ -70,7 +70,7 @@ def _dora(tape: Tape, x: Tensor, layer: Linear, base: Tensor | None) -> Tensor:
 
 
 def _make_change(tape: Tape, layer: Linear) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """get_lora_weight, and what its graph keeps (a checkpoint's first pass keeps nothing, its recomputation does)."""
+    """get_lora_weight, and what its graph keeps (a checkpoint's first pass and an evaluation keep nothing, a recomputation does)."""
     assert layer.down is not None and layer.up is not None
     eye = tape.new(layer.n_in**2, layer.width)
     middle = matmul(tape, eye, layer.down, layer.n_in)

@@ -22,8 +22,8 @@ from launcher.plan.layout import Layout, make_layout
 from launcher.plan.losses import changes_logits
 from launcher.plan.memory import Tracer, count_trainable, has_closed_form, hold_at_least, predict_memory
 from launcher.plan.shape import ModelShape, load_shape, read_text_part
-from launcher.plan.solve import Choice, Floor, Predict, apply_changes, choose, describe_choice, make_candidates
-from launcher.plan.source import locate_model
+from launcher.plan.solve import Choice, Floor, Predict, choose, describe_choice, make_candidates
+from launcher.plan.source import find_missing_weights, locate_config
 from launcher.plan.trainable import check_pairs, list_oddities, settle_attention, settle_dtype, settle_packing
 from launcher.recipe import Recipe
 from launcher.units import DTYPE_BYTES, format_bytes
@@ -156,7 +156,8 @@ def make_explained_plan(
     `tracer` runs a model that the plan has no arithmetic for on the meta device, and with `trace` any model (it takes torch, and
     seconds); without one the activations of such a model are guessed.
     """
-    shape = load_shape(locate_model(recipe.model.name_or_path, base_dir), recipe.model.revision)
+    source = locate_config(recipe.model.name_or_path, base_dir)
+    shape = load_shape(source, recipe.model.revision)
     if tracer is not None and not shape.is_known:
         shape = tracer.count(shape)
     _check_length(recipe, shape)
@@ -184,6 +185,8 @@ def make_explained_plan(
     notes += list_oddities(shape, recipe, layout)
     allocator = _allocator_of(cluster)
     notes += describe_settings(allocator)
+    if find_missing_weights(source) is not None:
+        notes.append(f"weights: {source.path} holds none (*.safetensors), so that it can be planned and not run")
     traced = tracer if trace or not has_closed_form(shape) else None
     memory = choice.taken.memory if traced is None else None
     plan = Plan(
@@ -226,10 +229,9 @@ def make_suggestions(plan: Plan) -> list[Suggestion]:
     def trained_of(recipe: Recipe) -> int:
         return count_trainable(recipe, plan.shape)
 
-    settled = apply_changes(plan.recipe, {"batch.micro_batch_size": plan.batch.micro_batch_size})
     predict, confirm = (make_predictor(plan.shape, plan.cluster, replay=replay) for replay in (False, True))
-    return suggest_changes(settled, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, plan.memory.budget, make_floor(plan.shape),
-                           predict, confirm)  # fmt: skip
+    return suggest_changes(plan.recipe, plan.batch, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, plan.memory.budget,
+                           make_floor(plan.shape), predict, confirm)  # fmt: skip
 
 
 def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool, tracer: Tracer | None = None) -> Predict:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import re
 import socket
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -39,7 +40,8 @@ class ModelShape:
     max_positions: int
     tied_embeddings: bool
     gated_mlp: bool
-    has_chat_template: bool
+    has_chat_template: bool | None
+    """None where there is a configuration and no tokenizer beside it."""
     config: dict[str, Any] = field(hash=False)
 
     @property
@@ -272,6 +274,10 @@ def shape_of_config(whole: dict[str, Any], path: Path) -> ModelShape:
 EXPERTS = frozenset({"mixtral", "qwen2_moe", "qwen3_moe", "gpt_oss", "deepseek_v2", "deepseek_v3", "llama4_text"})
 
 
+_COUNTS = re.compile(r"(num|n)_.*|.*_(size|dim|rank|heads|layers|experts|tok|step|mlp)|sliding_window(_pattern)?")
+"""Keys whose values are whole numbers, not below 0, in every architecture that the launcher knows; some may be null, or lists."""
+_PERIODS = ("sliding_window_pattern", "decoder_sparse_step", "interleave_moe_layer_step")
+"""Of these, what layers are counted by."""
 UNBOUNDED = 1 << 30
 """Positions of a model that counts them from each other, as T5 does: its n_positions is what it was trained with."""
 MOST_LAYERS = 10_000
@@ -293,6 +299,12 @@ def _checked(shape: ModelShape, path: Path) -> ModelShape:
         )
     if not shape.is_known:
         return shape
+    for key, value in config.items():
+        whole = type(value) is int and value >= (1 if key in _PERIODS else 0)
+        if _COUNTS.fullmatch(key) and not (whole or value is None or isinstance(value, list)):
+            raise ModelError(f"{path}: {key} is {value!r}, and not a whole number", "the file is damaged or not of this model")
+    if not isinstance(config.get("tie_word_embeddings"), bool | None):
+        raise ModelError(f"{path}: tie_word_embeddings is {config['tie_word_embeddings']!r}, and not true or false", "the file is damaged")
     wanted: tuple[tuple[str, ...], ...] = (("n_routed_experts", "num_experts", "num_local_experts"), ("num_experts_per_tok",))
     for names in wanted if shape.model_type in EXPERTS else ():
         if not any(config.get(name) for name in names):
@@ -300,6 +312,11 @@ def _checked(shape: ModelShape, path: Path) -> ModelShape:
                 f"{path} has no {' or '.join(names)}, which a {shape.model_type} needs",
                 "take the config.json of the model's own repository",
             )
+    experts = next((config[name] for name in wanted[0] if config.get(name)), None)
+    if shape.model_type in EXPERTS and experts is not None and config["num_experts_per_tok"] > experts:
+        raise ModelError(
+            f"{path}: num_experts_per_tok is {config['num_experts_per_tok']}, and there are {experts} experts", "the file is damaged"
+        )
     try:
         assert shape.num_params > 0
     except KeyError as error:
@@ -369,8 +386,10 @@ def read_text_part(config: dict[str, Any]) -> dict[str, Any]:
     return beside | {"model_type": f"{kind}_text"} | text
 
 
-def _has_chat_template(folder: Path) -> bool:
+def _has_chat_template(folder: Path) -> bool | None:
     tokenizer = folder / "tokenizer_config.json"
+    if not any(folder.glob("*token*")) and not any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")):
+        return None
     return any((folder / name).is_file() for name in ("chat_template.jinja", "chat_template.json")) or (
         tokenizer.is_file() and '"chat_template"' in tokenizer.read_text(encoding="utf-8")
     )

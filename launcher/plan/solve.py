@@ -223,12 +223,15 @@ def _find_least(seen: list[Candidate], budget: int, predict: Predict, confirm: P
 
 
 def describe_choice(recipe: Recipe, choice: Choice) -> list[str]:
-    """A note for each key that the plan chose: the value, and the fastest other value with what came of it."""
+    """A note for each key that the plan chose: the value, and the fastest that differs in this key alone, with what came of it."""
     notes = []
-    axes = [key for key, _ in make_axes(recipe)]
-    for key in axes + (["batch.micro_batch_size"] if recipe.batch.micro_batch_size == "auto" else []):
-        value = describe_setting(key, choice.taken)
-        others = [c for c in choice.considered if describe_setting(key, c) != value and c.verdict != "FITS"]
+    keys = [key for key, _ in make_axes(recipe)] + (["batch.micro_batch_size"] if recipe.batch.micro_batch_size == "auto" else [])
+    told = [
+        (candidate, [describe_setting(key, candidate) for key in keys]) for candidate in choice.considered if candidate.verdict != "FITS"
+    ]
+    taken = [describe_setting(key, choice.taken) for key in keys]
+    for place, (key, value) in enumerate(zip(keys, taken, strict=True)):
+        others = [c for c, settings in told if [i for i in range(len(keys)) if settings[i] != taken[i]] == [place]]
         reason = f"; {describe_setting(key, others[0])} {_fate(others[0])}" if others else ""
         notes.append(f"{key}: {value} ({_WHY[choice.taken.verdict]}{reason})")
     return notes

@@ -31,6 +31,14 @@ def locate_model(name_or_path: str, base_dir: str) -> ModelSource:
 
     Raises ModelError where nothing is there, or a folder holds no configuration or no weights.
     """
+    source = locate_config(name_or_path, base_dir)
+    if (missing := find_missing_weights(source)) is not None:
+        raise missing
+    return source
+
+
+def locate_config(name_or_path: str, base_dir: str) -> ModelSource:
+    """Where `locate_model` finds a model, which may have no weights there yet: a plan reads its configuration alone. Raises ModelError."""
     if name_or_path.startswith(PACKAGE_SCHEME):
         return _check_path(_find_in_package(name_or_path))
     for path in (Path(base_dir) / name_or_path, Path(name_or_path).expanduser()):
@@ -73,12 +81,18 @@ def _check_path(path: Path) -> ModelSource:
         return ModelSource(kind="gguf", path=str(path.resolve()))
     if not (path / "config.json").is_file():
         raise ModelError(f"model.name_or_path: {path} has no config.json", "name a folder in the transformers layout, or a .gguf file")
-    if not any(path.glob("*.safetensors")):
-        others = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)]
-        hint = (
-            f"only safetensors is read, and it holds {others[0]} (pickle): convert it first"
-            if others
-            else "download the weights (*.safetensors) too"
-        )
-        raise ModelError(f"model.name_or_path: {path} has no weights (*.safetensors)", hint)
     return ModelSource(kind="folder", path=str(path.resolve()))
+
+
+def find_missing_weights(source: ModelSource) -> ModelError | None:
+    """What is wrong with a folder that holds a configuration and no weights that can be read."""
+    path = Path(source.path)
+    if source.kind != "folder" or any(path.glob("*.safetensors")):
+        return None
+    others = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern)]
+    hint = (
+        f"only safetensors is read, and it holds {others[0]} (pickle): convert it first"
+        if others
+        else "download the weights (*.safetensors) too"
+    )
+    return ModelError(f"model.name_or_path: {path} has no weights (*.safetensors)", hint)

@@ -16,10 +16,12 @@ SHORT = {
     "global_batch_size": "batch.global_batch_size",
     "micro_batch_size": "batch.micro_batch_size",
     "zero_stage": "parallel.zero_stage",
+    "offload": "parallel.offload",
     "gradient_checkpointing": "memory.gradient_checkpointing",
     "budget": "memory.budget",
     "r": "method.r",
     "bits": "method.bits",
+    "quantization": "method.quantization",
     "optim": "optim.name",
     "loss": "model.loss",
 }

@@ -109,7 +109,7 @@ class Watch:
 
     def __init__(self, plan: Plan, rank: int, report: Callable[[Event], None]) -> None:
         self.plan, self.rank, self.report = plan, rank, report
-        self.base = self.mapped = 0
+        self.base = self.mapped = self.built_peak = 0
         self.steps = 0
 
     def start(self) -> None:
@@ -123,6 +123,8 @@ class Watch:
     def built(self, model: torch.nn.Module) -> None:
         """The engine is there, around this model. On a CPU the peak begins anew: files that were mapped to load from are no part of a step's."""
         self.check("by the time the engine was built")
+        if self.plan.layout.accelerator == "cuda":
+            self.built_peak = torch.cuda.max_memory_allocated()
         if self.plan.layout.accelerator == "cpu":
             self.mapped = count_mapped(model.parameters(), list_loaded_files(self.plan))
             return_heap()
@@ -154,7 +156,7 @@ class Watch:
         readings = _gather(read_figures(self.plan, self.base - self.mapped))
         figures = {reading.name: {"predicted": reading.predicted, "predicted_p95": reading.predicted_p95, "measured": reading.measured,
                                   "error": reading.error} for reading in readings}  # fmt: skip
-        self.report({"event": "memory", "step": step, "figures": figures, "mapped_bytes": self.mapped})
+        self.report({"event": "memory", "step": step, "figures": figures, "mapped_bytes": self.mapped, "built_peak_bytes": self.built_peak})
         for reading in readings:
             if is_miss(reading):
                 self.report({"event": "note", "text": describe_miss(reading)})

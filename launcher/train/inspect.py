@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from launcher.plan import Plan
+from launcher.plan.speed import find_target_len
 from launcher.run import cache_dir
 from launcher.train.data import Sample, Samples, load_samples
 from launcher.train.encode import IGNORED
@@ -62,6 +63,8 @@ class ShownData:
     examples: list[ShownExample]
     seq_len: int
     packing: bool
+    target_len: int | None = None
+    """The longest target of an encoder-decoder's pairs, whose longest source is seq_len."""
 
 
 def inspect_data(plan: Plan, rows: int) -> ShownData:
@@ -77,7 +80,8 @@ def inspect_data(plan: Plan, rows: int) -> ShownData:
     splits = [_show_split("train", train)]
     if data.eval or data.eval_fraction:
         splits.append(_show_split("eval", load("eval")))
-    return ShownData(splits=splits, examples=_show_examples(train, tokenizer, rows), seq_len=data.seq_len, packing=bool(data.packing))
+    return ShownData(splits=splits, examples=_show_examples(train, tokenizer, rows), seq_len=data.seq_len, packing=bool(data.packing),
+                     target_len=find_target_len(plan.recipe, plan.shape) or None)  # fmt: skip
 
 
 def _show_split(name: str, samples: Samples) -> ShownSplit:

@@ -62,14 +62,17 @@ def test_in_fp32_it_loses_what_a_cpu_loses(method: str, tiny: Path, tmp_path: Pa
     assert losses(there) == pytest.approx(losses(here), abs=2e-3)
 
 
+@pytest.mark.timeout(7200)
 def test_memory_is_what_was_predicted(tmp_path: Path) -> None:
-    """The whole matrix, written to benchmarks/results/memory-gpu.json: allocated within 2 % median and 5 % at worst, the device within 5 % and 12 %."""
+    """The whole matrix in benchmarks/results/memory-gpu.json, of which what is missing is run here: allocated within 2 % median and 5 % at worst,
+    reserved and the device within 5 % and 12 %."""
     from statistics import median
 
-    from benchmarks.memory_gpu import CASES, measure_constants, run_cases
+    from benchmarks.memory_gpu import CASES, run_all
     from benchmarks.memory_matrix import RESULTS
 
-    rows = run_cases(CASES, tmp_path, RESULTS / "memory-gpu.json", constants=measure_constants())
+    names = {case.name for case in CASES}
+    rows = [row for row in run_all(CASES, tmp_path, RESULTS / "memory-gpu.json") if row["name"] in names]
     done = [row["figures"] for row in rows if "figures" in row]
     assert len(done) >= len(CASES) // 2, [row["failed"][:300] for row in rows if "failed" in row]
     for figure, usual, worst in (("allocated", 0.02, 0.05), ("reserved", 0.05, 0.12), ("device total", 0.05, 0.12)):
