@@ -23,9 +23,13 @@ def fused_rms_norm(tape: Tape, x: Tensor, weight: Parameter) -> Tensor:
     def run(grad: Storage) -> tuple[Any, ...]:
         for tensor in kept:
             tensor.fetch()
-        partial = tape.make(sizes[0]) if trained else None
-        made = tape.make(sizes[1]) if trained else None
-        del partial
+        if not trained:
+            return grad, None
+        partial = tape.make(sizes[0])
+        made = summed = tape.make(width * FP32)
+        if weight.width != FP32:
+            made = tape.make(sizes[1])
+        del partial, summed
         return grad, made
 
     return tape.attach(out, run, x, weight)
