@@ -20,7 +20,8 @@ from launcher.plan.workload import MethodFacts, Workload
 METHODS = [FULL, LORA, FREEZE]
 NAMES = ["full", "lora", "freeze"]
 MANY_WORDS = {"vocab_size": 1600}
-PLAIN_HEADS = [kind for kind in KINDS if not changes_logits(workload(kind).shape.config)]
+PLAIN_HEADS = [kind for kind in KINDS if kind != "granite" and not changes_logits(workload(kind).shape.config)]
+"""Every Granite scales its logits, so that the plan refuses this loss; a configuration's default alone has a scale of 1."""
 
 
 @pytest.fixture(scope="module")
