@@ -51,7 +51,8 @@ def test_every_optimizer_is_planned_under_every_stage(name: str, method: dict[st
             plan = plan_on(recipe)
             assert all(part.bytes >= 0 for phase in plan.memory.phases for part in phase.components)
             states.append(bytes_of(plan, "optimizer step", "optimizer states"))
-    assert len(states) >= 4 and states[0] >= states[1] >= states[-1]
+    # Adafactor factors matrices, which stage 0 alone gives it: flat parts of several ranks are more than its rows and columns.
+    assert len(states) >= 4 and states[1] >= states[-1] and (states[0] >= states[1] or name == "adafactor")
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
