@@ -65,7 +65,7 @@ def rms_norm_peak(facts: Facts, kernel: str) -> float:
             go_back(tape, [y], lambda: (dy.storage,))
         else:
             weights = [leaf(tape, width, 4) for _ in range(2)]
-            y = rms_norm(tape, x, weights[0][0])  # type: ignore[arg-type]
+            y = rms_norm(tape, x, weights[0][0])
             cast = tape.new(rows * width, 4)  # in torch's engine, until the backward is over
             go_back(tape, [y], lambda: (cast.storage,))
         return [x, keep, dy, weights, y]
@@ -190,7 +190,7 @@ def head_peak(facts: Facts, kernel: str) -> float:
 
 def _narrow_head(tape: Tape, x: Tensor, weight: Tensor, rows: int, width: int, targets: Tensor) -> Tensor:
     """torch's linear layer and cross-entropy in the logits' own dtype."""
-    logits = matmul(tape, x, weight, width)  # type: ignore[arg-type]
+    logits = matmul(tape, x, weight, width)
     logged = tape.new(logits.count, 2)
     kept, size = tape.save(logged), logits.count * 2
     tape.attach(logged, lambda grad: (kept, tape.make(size))[1:], logits)

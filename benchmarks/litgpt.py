@@ -8,6 +8,7 @@ the head makes 128 columns at a time, and Lightning Fabric casts what the model 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from benchmarks.components import HANDLE
@@ -315,15 +316,19 @@ def _forward(tape: Tape, run: Training) -> list[Tensor]:
     return [cast(tape, chunk, FP32) for chunk in logits]
 
 
+def _go_back(tape: Tape, kept: Any, size: int, grad: Storage) -> tuple[Storage]:
+    """A gradient of so many bytes, made of what was kept (None: nothing)."""
+    if kept is not None:
+        kept.fetch()
+    return (tape.make(size),)
+
+
 def _chunked_cross_entropy(tape: Tape, run: Training, logits: list[Tensor]) -> tuple[list[Any], Tensor]:
     """A chunk's losses each, then their mean. The logits' list stays in the training loop's frame."""
     losses = []
     for chunk in logits:
         logged = tape.new(chunk.count, FP32)
-        kept, size = tape.save(logged), chunk.count * FP32
-        tape.attach(logged, lambda grad, kept=kept, size=size: (kept.fetch(), tape.make(size))[1:], chunk)  # type: ignore[misc]
-        del kept
-        rows = chunk.count // run.model.words
-        losses.append(tape.record(rows, FP32, lambda grad, size=size: (tape.make(size),), logged))  # type: ignore[misc]
+        tape.attach(logged, partial(_go_back, tape, tape.save(logged), chunk.count * FP32), chunk)
+        losses.append(tape.record(chunk.count // run.model.words, FP32, partial(_go_back, tape, None, chunk.count * FP32), logged))
         del logged
     return logits, mean(tape, join(tape, *losses), 1)

@@ -128,7 +128,7 @@ def read_live(run_dir: Path, ranks: int) -> dict[str, int]:
 
 
 def predicted(plan: Any) -> dict[str, int]:
-    from launcher.train.budget import STEPPING
+    from launcher.plan.budget import STEPPING
 
     return {"stepping": max(phase.allocated_bytes for phase in plan.memory.phases if phase.name in STEPPING and phase.name != "evaluation")}
 

@@ -15,8 +15,9 @@ from typing import Any
 from launcher.cluster import Cluster
 from launcher.plan import memory
 from launcher.plan.batch import BatchPlan
+from launcher.plan.budget import FigureName
 from launcher.plan.deepspeed import make_deepspeed_config
-from launcher.plan.layout import Layout
+from launcher.plan.layout import Dtype, Layout
 from launcher.plan.shape import ModelShape, load_shape
 from launcher.plan.source import locate_model
 from launcher.plan.states import Counts, Optimizer, States, count_states, optimizer_bytes
@@ -64,7 +65,8 @@ def predict(row: Row, figure: str) -> float:
         expandable_segments="expandable_segments:True" in str(row["stack"]), states=_plain_states(row, work, recipe, steps) if plain else None,
         overheads=replace(overheads, context=int(context[1]) * MIB) if context else overheads,
     )  # fmt: skip
-    return float(plan.device("total" if figure == "nvidia-smi" else figure).p50)  # type: ignore[arg-type]
+    names: dict[str, FigureName] = {"allocated": "allocated", "reserved": "reserved", "nvidia-smi": "total"}
+    return float(plan.device(names[figure]).p50)
 
 
 def hub_id(row: Row) -> str:
@@ -95,8 +97,9 @@ def _make_recipe(row: Row) -> Recipe:
     }))  # fmt: skip
 
 
-def _dtype(row: Row) -> str:
-    return next((name for name in ("fp32", "fp16", "bf16") if str(row["weight_dtype"]).startswith(name)), "bf16")
+def _dtype(row: Row) -> Dtype:
+    dtypes: tuple[Dtype, ...] = ("fp32", "fp16", "bf16")
+    return next((name for name in dtypes if str(row["weight_dtype"]).startswith(name)), "bf16")
 
 
 def _make_method(row: Row) -> dict[str, Any]:
@@ -114,9 +117,9 @@ def _make_method(row: Row) -> dict[str, Any]:
 def _make_layout(row: Row, recipe: Recipe, stage: int) -> Layout:
     attention = {"flash": "flash_attention_2", "eager": "eager"}
     kernel: Any = next((ours for theirs, ours in attention.items() if theirs in str(row["attn"])), "sdpa")
-    return Layout(nodes=1, workers_per_node=row["n_gpus"], accelerator="cuda", backend="nccl", threads_per_worker=1, dtype=_dtype(row),  # type: ignore[arg-type]
+    return Layout(nodes=1, workers_per_node=row["n_gpus"], accelerator="cuda", backend="nccl", threads_per_worker=1, dtype=_dtype(row),
                   attn_implementation=kernel, liger_kernel=recipe.model.loss == "liger", zero_stage=stage, zero_init=stage == 3, leaf_modules=stage == 3,
-                  gradient_checkpointing=bool(row["grad_ckpt"]), checkpoints_on_host="activation" in str(row["offload"]), loss=recipe.model.loss,  # type: ignore[arg-type]
+                  gradient_checkpointing=bool(row["grad_ckpt"]), checkpoints_on_host="activation" in str(row["offload"]), loss="liger" if recipe.model.loss == "liger" else "plain",
                   offload_optimizer=recipe.parallel.offload_optimizer, offload_param=recipe.parallel.offload_param)  # fmt: skip
 
 

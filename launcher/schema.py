@@ -115,7 +115,10 @@ def _parse_yaml(path: Path) -> tuple[dict[str, Any], dict[Key, str]]:
 
 def _problem_of(error: Any) -> str:
     """What a YAML error complains of, in one line."""
-    return " ".join((getattr(error, "problem", None) or str(error) or "syntax error").split())
+    from ruamel.yaml.error import MarkedYAMLError
+
+    problem = error.problem if isinstance(error, MarkedYAMLError) else None
+    return " ".join((problem or str(error) or "syntax error").split())
 
 
 def _yaml_kind(value: Any) -> str:

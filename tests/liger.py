@@ -131,27 +131,11 @@ def trace(work: Workload, *, keep: bool = True, stand_in: bool = False, trains: 
     laid, fused = profiling._lay_method, profiling.fused_loss
     profiling._lay_method, profiling.fused_loss = lay, fused if stand_in else None
     try:
-        return profiling.trace_layers(work, 2, keep_gradients=keep).peaks if trains else _evaluate(work, profiling)
+        return profiling.trace_layers(work, 2, keep_gradients=keep, trains=trains).peaks
     finally:
         profiling._lay_method, profiling.fused_loss = laid, fused
         if before:
             vars(sys.modules[before["__name__"]]).update(before)
-
-
-def _evaluate(work: Workload, profiling: Any) -> dict[str, int]:
-    import torch
-
-    from launcher.train.trace import Trace, watching
-
-    model = profiling._build(work.shape, 2, work.attention).to(profiling.DTYPES[work.width])
-    profiling.put_loss_into_head(model, work.loss, profiling.fused_loss)
-    model = profiling._lay_method(model, work).eval()
-    batch, trace = profiling._make_text(work, model.config), Trace()
-    with watching(trace, device=work.device, packed=work.packed) as watch, torch.no_grad():
-        for known in (model.parameters(), model.buffers(), batch.values()):
-            watch.ignore(known)
-        profiling._loss_of_words(work)(model, batch)
-    return trace.peaks
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import pytest
 from ranks import Ranks, fine_tune
 from tiny import plan_tiny
 
+from launcher.plan.budget import STEPPING
 from launcher.progress import describe_event
 from launcher.train import budget
 from launcher.train.budget import (
@@ -54,7 +55,7 @@ def test_a_run_compares_itself_with_its_plan_once(two_ranks: Ranks, tiny: Path, 
 def test_what_was_planned_is_the_steps_without_libraries_and_loading(tiny: Path, tmp_path: Path) -> None:
     plan = plan_tiny(tiny, tmp_path)
     (reading,) = read_figures(plan, 0)
-    stepping = [phase for phase in plan.memory.phases if phase.name in budget.STEPPING]
+    stepping = [phase for phase in plan.memory.phases if phase.name in STEPPING]
     assert stepping and reading.predicted == max(phase.reserved_bytes for phase in stepping)
     assert all(part.counts_in == "total" for phase in stepping for part in phase.components if part.name == "libraries")
 

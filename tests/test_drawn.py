@@ -8,7 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
 from test_referee import (
     ATTENTION,
     DORA,
@@ -24,14 +23,13 @@ from test_referee import (
     WORDS,
     adapt,
     assert_equal,
+    trace_evaluation,
     workload,
 )
 
 from launcher.plan.losses import changes_logits
 from launcher.plan.step import run_step
 from launcher.plan.workload import Workload
-from launcher.train import profiling
-from launcher.train.trace import Trace, watching
 
 HAS_WINDOW = {"mistral", "phi3", "mixtral", "gpt_oss", "gemma2", "gemma3_text"}
 HAS_HEAD_DIM = {"llama", "mistral", "qwen3", "gemma", "gemma2", "gemma3_text", "qwen3_moe", "mixtral"}
@@ -87,20 +85,6 @@ def compare_drawn(seed: int, draws: int) -> int:
         assert_equal(work.shape.model_type, work, layers=work.shape.num_layers, keep=compared % 2 == 0, changes=changes)
         compared += 1
     return compared
-
-
-def trace_evaluation(work: Workload) -> int:
-    """The most that is live in a forward pass without gradients, and its loss."""
-    model = profiling._build(work.shape, None, work.attention).to(profiling.DTYPES[work.width])
-    if work.loss == "chunked":
-        profiling.put_loss_into_head(model, work.loss)
-    model = profiling._lay_method(model, work).eval()
-    batch, trace = profiling._make_text(work, model.config), Trace()
-    with watching(trace, device=work.device, packed=work.packed) as watch, torch.no_grad():
-        for known in (model.parameters(), model.buffers(), batch.values()):
-            watch.ignore(known)
-        profiling._loss_of_words(work)(model, batch)
-    return trace.peaks["forward"]
 
 
 @pytest.mark.parametrize("seed", range(50, 53))

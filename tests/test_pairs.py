@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
-from test_referee import DROPPED, FREEZE, FULL, LORA, OnHost
+from test_referee import DROPPED, FREEZE, FULL, LORA, OnHost, trace_evaluation
 
 from launcher.plan.shape import ModelShape, shape_of_config
 from launcher.plan.step import run_step
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.train import profiling
 from launcher.train.profiling import trace_layers
-from launcher.train.trace import Trace, _Kernels, watching
+from launcher.train.trace import _Kernels
 
 SIZES: dict[str, Any] = {"d_model": 64, "d_ff": 96, "num_layers": 2, "num_heads": 4, "d_kv": 16, "vocab_size": 160}
 OLD: dict[str, Any] = {}
@@ -144,20 +143,6 @@ def test_an_evaluation_that_is_drawn_at_random(seed: int) -> None:
             work = replace(work, micro_batch_size=1, packed=False, target_len=1, loss_columns=1)
         tape = run_step(work, keep_gradients=False, train=False, round_to=512)
         assert max(peak for peak, _ in tape.peaks.values()) == trace_evaluation(work), work
-
-
-def trace_evaluation(work: Workload) -> int:
-    """The most that is live in a forward pass without gradients, and its loss."""
-    model = profiling._build(work.shape, None, work.attention).to(profiling.DTYPES[work.width])
-    if work.loss == "chunked":
-        profiling.put_loss_into_head(model, work.loss)
-    model = profiling._lay_method(model, work).eval()
-    batch, trace = profiling._make_pair(work, model.config), Trace()
-    with watching(trace, device=work.device, packed=work.packed) as watch, torch.no_grad():
-        for known in (model.parameters(), model.buffers(), batch.values()):
-            watch.ignore(known)
-        profiling.sum_pair_loss(model, batch)
-    return trace.peaks["forward"]
 
 
 @pytest.mark.long

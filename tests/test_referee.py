@@ -85,6 +85,12 @@ def assert_equal(kind: str, work: Workload, *, layers: int = 2, keep: bool = Tru
     assert found == {phase: traced.peaks[phase] for phase in found}, (kind, layers, changes, work)
 
 
+def trace_evaluation(work: Workload) -> int:
+    """The most that is live in a forward pass without gradients, and its loss, of the whole model."""
+    layers = max(work.shape.num_layers, work.shape.total_layers - work.shape.num_layers)
+    return trace_layers(work, layers, keep_gradients=False, trains=False).peaks["forward"]
+
+
 @pytest.mark.parametrize("rows", [1, 3, 6])
 @pytest.mark.parametrize("method", [FULL, LORA], ids=["full", "lora"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma"])

@@ -35,6 +35,8 @@ COMPONENTS = (
 """Names a device's component may have, in the order tables and pictures show them."""
 PHASES = ("load", "engine start", "forward", "loss", "backward", "reduce", "optimizer step", "evaluation", "save", "resume", "merge")
 """Names of the phases, in the order a run goes through them. A phase that a run does not have is left out."""
+STEPPING = ("forward", "loss", "backward", "reduce", "optimizer step", "evaluation")
+"""Phases that every step goes through, and what is measured between them."""
 MERGE = "merge"
 """What `export --merge` takes where it is run. It comes after the run, and may be elsewhere: it has no part in verdict and figures."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from launcher.plan.tape import Parameter, Storage, Tape, Tensor
+from launcher.plan.tape import Storage, Tape, Tensor
 
 FUSED = frozenset({"llama", "mistral", "qwen2", "qwen3", "granite", "gemma", "gemma2", "smollm3"})
 """Models whose layers Liger replaces by these, to the byte (tests/test_liger.py). Others are counted without, which takes more but for Llama 4
@@ -13,7 +13,7 @@ FP32, PROGRAMS = 4, 132
 """Rows of partial sums of a norm's weight gradient, where it is trained: one a multiprocessor, as many as an H100 has."""
 
 
-def fused_rms_norm(tape: Tape, x: Tensor, weight: Parameter) -> Tensor:
+def fused_rms_norm(tape: Tape, x: Tensor, weight: Tensor) -> Tensor:
     """Keeps its input and a scale a row; the input's gradient is written over the output's."""
     width, trained = weight.count, weight.node is not None
     out, scales = tape.new(x.count, x.width), tape.new(x.count // width, FP32)

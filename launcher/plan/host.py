@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from launcher.plan.budget import Component, DiskNeed, Phase
+from launcher.plan.budget import STEPPING, Component, DiskNeed, Phase
 from launcher.plan.layout import Layout
 from launcher.plan.shape import ModelShape
 from launcher.plan.states import Counts, Sharding, States, optimizer_bytes, optimizer_of
@@ -16,10 +16,6 @@ LIBRARIES = "libraries"
 SPARE_WORKER = 540 << 20
 """Resident memory of a process that has imported what a worker has, and holds nothing: measured on this project's CPU machine (Python 3.11,
 torch 2.13, ray 2.60). 145 MiB of it are files, which processes on a node share."""
-
-
-STEPPING = ("forward", "loss", "backward", "reduce", "optimizer step", "evaluation", "save")
-"""Phases that a run goes through while spares stand by."""
 
 
 def round_pinned(size: int) -> int:
@@ -36,13 +32,13 @@ def make_staging(layout: Layout, checkpoint_bytes: int) -> Component:
     )
 
 
+BESIDE_SAVE = ("forward", "loss", "backward", "reduce", "save")
+
+
 def save_beside(phases: Sequence[Phase], staging: Component) -> tuple[Phase, ...]:
     """A CPU worker's phases: its copy is made, and stays, beside the next forward and backward pass."""
     most = max((phase for phase in phases if phase.name in BESIDE_SAVE), key=lambda phase: phase.total_bytes)
     return tuple(Phase(name="save", components=(*most.components, staging)) if phase.name == "save" else phase for phase in phases)
-
-
-BESIDE_SAVE = ("forward", "loss", "backward", "reduce", "save")
 
 
 def make_host_phases(
@@ -59,7 +55,10 @@ def make_host_phases(
         return tuple(
             Phase(
                 name=p.name,
-                components=(*(replace(c, bytes=c.bytes * workers) for c in p.components), *(waiting if p.name in STEPPING else ())),
+                components=(
+                    *(replace(c, bytes=c.bytes * workers) for c in p.components),
+                    *(waiting if p.name in (*STEPPING, "save") else ()),
+                ),
             )
             for p in device
         )

@@ -109,6 +109,11 @@ def is_gated(c: Config) -> bool:
     return feed_forward(c).startswith("gated")
 
 
+def reads_source(name: str) -> bool:
+    """Whether a T5's weight is multiplied with the source's tokens: the encoder's are, and the keys and values that the decoder has of it."""
+    return name.startswith("encoder.") or name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))
+
+
 def depth_of_decoder(c: Config) -> int:
     """Layers of a T5's decoder."""
     return int(c.get("num_decoder_layers") or c["num_layers"])

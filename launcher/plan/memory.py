@@ -173,9 +173,7 @@ def predict_memory(
     profile, acting, notes = _choose_profile(work, sharding.stage < 2, tracer)
     parts = Parts(work, acting, sharding, counts, states, batch.gradient_accumulation_steps)
     known = profile is not None or acting is work
-    profile = profile or profile_step(
-        acting, keep_gradients=parts.keeps, gradients_exist=parts.keeps and batch.gradient_accumulation_steps > 1, exact=replay
-    )
+    profile = profile or profile_step(acting, keep_gradients=parts.keeps, gradients_exist=parts.gradients_exist, exact=replay)
     evaluating = _profile_evaluating(recipe, shape, layout, batch, acting, profile)
     exact = gathers(sharding) and replay and not profile.is_traced
     phases = _make_phases(parts, profile, evaluating, _gather_beside(parts, profile, exact=exact), known=known)
@@ -249,11 +247,8 @@ def hold_at_least(recipe: Recipe, shape: ModelShape, layout: Layout, batch: Batc
     parts = Parts(work, work, sharding, count_states(work), states, batch.gradient_accumulation_steps)
     held = states.weights + states.persistent + states.quant_state + states.adapters + states.master + states.optimizer
     loading = 0 if sharding.stage == 3 and sharding.zero_init else sum(c.bytes for c in _loading(parts, NOTHING_GATHERED))
-    several = batch.gradient_accumulation_steps > 1
     two, three = (make_workload(recipe, shape, layout, replace(batch, micro_batch_size=m)) for m in (2, 3))
-    step = (
-        bound_step(work, two, three, keep_gradients=parts.keeps, gradients_exist=parts.keeps and several) if has_closed_form(shape) else 0
-    )
+    step = bound_step(work, two, three, keep_gradients=parts.keeps, gradients_exist=parts.gradients_exist) if has_closed_form(shape) else 0
     return max(held + states.gradients + step, held + states.step_peak, loading)
 
 

@@ -299,7 +299,7 @@ def matmul(tape: Tape, x: Tensor, weight: Tensor, n_in: int, bias: Parameter | N
     return tape.record(count, x.width, run, *inputs)
 
 
-def rms_norm(tape: Tape, x: Tensor, weight: Parameter | None, *, style: str = "llama", width: int = 0) -> Tensor:
+def rms_norm(tape: Tape, x: Tensor, weight: Tensor | None, *, style: str = "llama", width: int = 0) -> Tensor:
     """llama: weight · cast back; late: weight in fp32, then cast back; gemma: (1 + weight) in fp32, then cast back; l2: cast back · weight,
     or no weight over a given width."""
     if style == "l2":

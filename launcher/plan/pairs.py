@@ -189,29 +189,22 @@ class _Layer:
         self, hidden: Tensor, mask: Tensor | None, bias: Tensor | None, encoded: Tensor | None, cross_mask: Tensor | None, cross: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:  # fmt: skip
         run, block = self.run, self.block
-        states, own_bias, weights = _self_attention(run, block, self.table, hidden, mask, bias, self.decodes)
+        states, own_bias, weights = _attend(run, block, "layer.0.SelfAttention", self.table, hidden, None, mask, bias, self.decodes)
         cross_bias = None
         if self.decodes:
-            states, cross_bias, weights = _cross_attention(run, block, states, encoded, cross_mask, cross)
+            states, cross_bias, weights = _attend(run, block, "layer.1.EncDecAttention", None, states, encoded, cross_mask, cross, False)
         states = _feed_forward(run, block, states, 2 if self.decodes else 1)
         del weights
         return states, own_bias, cross_bias
 
 
-def _self_attention(
-    run: Pass, block: Block, table: Parameter | None, hidden: Tensor, mask: Tensor | None, bias: Tensor | None, causal: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    normed = t5_norm(run.tape, hidden, block["layer.0.layer_norm"])
-    output, made, weights = _attention(run, block, "layer.0.SelfAttention", table, normed, None, mask, bias, causal)
-    output = add(run.tape, hidden, dropout(run.tape, output, _rate(run.config)))
-    return output, made, weights
-
-
-def _cross_attention(
-    run: Pass, block: Block, hidden: Tensor, encoded: Tensor | None, mask: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    normed = t5_norm(run.tape, hidden, block["layer.1.layer_norm"])
-    output, made, weights = _attention(run, block, "layer.1.EncDecAttention", None, normed, encoded, mask, bias, False)
+def _attend(
+    run: Pass, block: Block, place: str, table: Parameter | None, hidden: Tensor, encoded: Tensor | None, mask: Tensor | None,
+    bias: Tensor | None, causal: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """T5LayerSelfAttention's forward, and T5LayerCrossAttention's."""
+    normed = t5_norm(run.tape, hidden, block[f"{place.rpartition('.')[0]}.layer_norm"])
+    output, made, weights = _attention(run, block, place, table, normed, encoded, mask, bias, causal)
     output = add(run.tape, hidden, dropout(run.tape, output, _rate(run.config)))
     return output, made, weights
 

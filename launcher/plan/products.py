@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+from launcher.plan.inventory_others import reads_source
 from launcher.plan.shape import adapter_rank, is_head
 from launcher.plan.workload import Workload
 
@@ -42,13 +43,7 @@ def count_products(work: Workload) -> int:
             if len(weight.shape) < 2 or not (weight.matrix or head):  # a head's bias is a vector
                 continue
             n_in, n_out = weight.fan
-            rows = columns if head else tokens
-            if (
-                shape.is_pair
-                and block.prefix.startswith("decoder.")
-                and not weight.name.endswith(("EncDecAttention.k.weight", "EncDecAttention.v.weight"))
-            ):
-                rows = columns  # a target's
+            rows = columns if head or (shape.is_pair and not reads_source(block.prefix + weight.name)) else tokens  # of a pair a target's
             names = [block.prefix.format(layer) + weight.name for layer in block.layers or (0,)]
             trained = any(method.trains_base(name, shape.depth_of(name)) for name in names)
             add("", rows, n_in, n_out, trained=trained)

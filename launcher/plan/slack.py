@@ -25,11 +25,8 @@ def make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, l
     `alike`: the story is of the very bytes that the phases hold; otherwise the share that is reserved beyond its own is taken.
     """
     if story is None:
-        return {
-            name: part("allocator slack", int(0.06 * sum(c.bytes for c in parts)), "assumed", 1.0, "reserved")
-            for name, parts in phases.items()
-        }
-    least = max(sum(c.bytes for c in parts) for parts in phases.values())
+        return {name: part("allocator slack", int(0.06 * add_bytes(parts)), "assumed", 1.0, "reserved") for name, parts in phases.items()}
+    least = max(map(add_bytes, phases.values()))
     beside = [sum(_reserve(events, mode) for events in story.side) for mode in (False, True)]
     limit -= max(beside)
     within = limit if limit > least else None  # what cannot fit shows what it would take
@@ -41,7 +38,7 @@ def make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, l
         told = story.phase_of(name)
         reserved = chosen[told][0] if told in chosen else reserved
         aside = beside[expandable] if name not in ("load", "engine start", "resume") else 0
-        held = sum(c.bytes for c in parts)
+        held = add_bytes(parts)
         exact = alike or told not in chosen
         size = max(0, reserved + aside - held) if exact else int(held * (reserved / max(1, chosen[told][1]) - 1))
         # How far apart the allocator's two modes are says how much this depends on the order of events.

@@ -16,6 +16,7 @@ from launcher.data.rows import HUB_SCHEME, find_files
 from launcher.plan.batch import BatchPlan
 from launcher.plan.devices import Device
 from launcher.plan.inventory import Inventory
+from launcher.plan.inventory_others import reads_source
 from launcher.plan.layout import Layout
 from launcher.plan.shape import ModelShape, is_head, read_text_part
 from launcher.recipe import Data, Full, Lora, QLora, Recipe
@@ -171,10 +172,8 @@ def _pair_flops(shape: ModelShape, source: int, target: int) -> float:
     flops, width = 0.0, shape.num_heads * shape.head_dim
     for block in shape.inventory:
         for weight in block.weights:
-            reads_source = block.prefix.startswith("encoder.") or weight.name.endswith(
-                ("EncDecAttention.k.weight", "EncDecAttention.v.weight")
-            )
-            flops += 2.0 * weight.count * block.repeats * (source if reads_source else target) if weight.matrix else 0.0
+            tokens = source if reads_source(block.prefix + weight.name) else target
+            flops += 2.0 * weight.count * block.repeats * tokens if weight.matrix else 0.0
     if shape.tied_embeddings:
         flops += 2.0 * shape.vocab_size * shape.hidden_size * target
     layers = shape.total_layers - shape.num_layers

@@ -130,7 +130,7 @@ class Tape:
         """The output of an operator; `run` makes the gradients of `inputs` from the output's."""
         return self.attach(self.new(count, width), run, *inputs)
 
-    def attach(self, out: Tensor, run: Callable[[Storage], tuple[Any, ...]], *inputs: Tensor) -> Tensor:
+    def attach(self, out: Tensor, run: Callable[[Any], tuple[Any, ...]], *inputs: Tensor) -> Tensor:
         if self.grad_enabled:
             for tensor in inputs:
                 if tensor.node is not None:
@@ -143,7 +143,7 @@ class Tape:
 
     def attach_all(self, outs: tuple[Tensor, ...], run: Callable[[list[Storage | None]], tuple[Any, ...]], *inputs: Tensor) -> None:
         """Several outputs of one operator: `run` is given the list of their gradients."""
-        self.attach(outs[0], run, *inputs)  # type: ignore[arg-type]
+        self.attach(outs[0], run, *inputs)
         node = outs[0].node
         if isinstance(node, Node):
             node.grads = [None] * len(outs)

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from launcher.errors import OutOfMemory
 from launcher.plan import Plan
-from launcher.plan.budget import FigureName, MemoryPlan
+from launcher.plan.budget import STEPPING, FigureName, MemoryPlan
 from launcher.plan.heap import choose_threshold
 from launcher.plan.memory import make_workload
 from launcher.plan.products import count_kept
@@ -41,8 +41,6 @@ measured in fp32 over a model of 7 MiB."""
 LATE_IMPORTS = ("functorch.compile", "torch._inductor.compile_fx", "deepspeed.module_inject.auto_ep_layer")
 """What deepspeed 0.19.8 imports with the first engine: 60 MiB, networkx and sympy among them."""
 GROWTH = "resident growth"
-STEPPING = ("forward", "loss", "backward", "reduce", "optimizer step", "evaluation")
-"""Phases that a run has been through by then, once it was built."""
 BUILDING = ("load", "engine start")
 
 

@@ -119,21 +119,20 @@ def _describe(shape: ModelShape, error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def trace_layers(work: Workload, layers: int, *, keep_gradients: bool) -> Trace:
-    """A micro-step of the first `layers` layers of a workload's model."""
+def trace_layers(work: Workload, layers: int, *, keep_gradients: bool, trains: bool = True) -> Trace:
+    """A micro-step of the first `layers` layers of a workload's model, or an evaluation's forward pass where it does not `train`."""
     base = _build(work.shape, layers, work.attention).to(DTYPES[work.width]).train()
     if work.loss != "plain":
         put_loss_into_head(base, work.loss, fused_loss)
-    trained = _lay_method(base, work)
-    if work.checkpointing != "off":
+    trained = _lay_method(base, work).train(trains)
+    if work.checkpointing != "off" and trains:
         checkpoint_as_on(base, work.device)
     kind = str(work.shape.config["model_type"])
     make_batch = _BATCHES.get(kind, _make_text)
     batch = make_batch(work, base.config)
     packed = work.packed and work.attention != "flash_attention_2"
-    return trace_step(
-        trained, _LOSSES.get(kind, _loss_of_words(work)), batch, device=work.device, packed=packed, keep_gradients=keep_gradients
-    )
+    return trace_step(trained, _LOSSES.get(kind, _loss_of_words(work)), batch, device=work.device, packed=packed,
+                      keep_gradients=keep_gradients, trains=trains)  # fmt: skip
 
 
 _CLASSES = {"t5": "AutoModelForSeq2SeqLM", "mt5": "AutoModelForSeq2SeqLM", "whisper": "AutoModelForSpeechSeq2Seq", "vit": "AutoModelForImageClassification", "clip": "AutoModel",

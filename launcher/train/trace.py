@@ -207,20 +207,22 @@ def watching(trace: Trace, *, device: Device, packed: bool = False, round_to: in
 
 def trace_step(
     model: torch.nn.Module, loss_of: Callable[[Any, dict[str, torch.Tensor]], torch.Tensor], batch: dict[str, torch.Tensor], *, device: Device,
-    packed: bool, keep_gradients: bool,
+    packed: bool, keep_gradients: bool, trains: bool = True,
 ) -> Trace:  # fmt: skip
-    """Forward and backward of one micro-batch. Gradients stay in their parameters, or go at once, as ZeRO-2 and 3 have it."""
+    """Forward and backward of one micro-batch, or forward alone without gradients. Gradients stay in their parameters, or go at once, as ZeRO-2
+    and 3 have it."""
     trace = Trace()
     hooks = []
     if not keep_gradients:
         hooks = [p.register_post_accumulate_grad_hook(_drop_gradient) for p in model.parameters() if p.requires_grad]  # type: ignore[no-untyped-call]
-    with watching(trace, device=device, packed=packed) as watch:
+    with watching(trace, device=device, packed=packed) as watch, torch.set_grad_enabled(trains):
         watch.ignore(model.parameters())
         watch.ignore(model.buffers())
         watch.ignore(batch.values())
         loss = loss_of(model, batch)
-        watch.phase = "backward"
-        torch.autograd.backward(loss)
+        if trains:
+            watch.phase = "backward"
+            torch.autograd.backward(loss)
         watch.phase = "end"
         del loss
     for hook in hooks:
