@@ -156,7 +156,7 @@ def test_the_matrices_have_every_setting_of_a_recipe() -> None:
 
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
-@pytest.mark.parametrize("name", ["dora", "norms", "words"])
+@pytest.mark.parametrize("name", ["dora", "dropped dora", "norms", "words"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_methods(kind: str, name: str, checkpointing: Any) -> None:
     facts = {"method": adapt(kind, METHODS[name]), "checkpointing": checkpointing, "attention": "eager" if kind in WITHOUT_SDPA else "sdpa"}
@@ -165,9 +165,10 @@ def test_other_methods(kind: str, name: str, checkpointing: Any) -> None:
 
 @pytest.mark.parametrize("checkpointing", ["on", "off"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "bert"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "bert", "gpt2"])
 def test_dora(kind: str, dropout: float, checkpointing: Any) -> None:
-    """Its norm is of the base's weight and the adapters' product, which is made of an identity matrix; a bias is taken off first."""
+    """Its norm is of the base's weight and the adapters' product, which is made of an identity matrix; a bias is taken off first.
+    GPT-2's weight lies the other way, and with dropout gets a gradient that nobody asked for."""
     for sizes in (None, OTHER_SIZES):
         method = replace(LORA, dora=True, dropout=dropout)
         assert_equal(kind, workload(kind, changes=sizes, method=method, checkpointing=checkpointing), changes=sizes)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from launcher.plan.operators import FP32, add, copy, dropout, matmul, mul, scale, shift, subtract
-from launcher.plan.tape import DEQUANTISED, Node, Parameter, Storage, Tape, Tensor, counting_as
+from launcher.plan.tape import DEQUANTISED, Node, Parameter, Sink, Storage, Tape, Tensor, counting_as
 
 
 class Linear:
     """A linear layer: dense, or quantised by bitsandbytes (bits 4 or 8), with an adapter of rank `r` or none."""
 
-    __slots__ = ("bias", "bits", "double_quant", "down", "dropout", "magnitude", "n_in", "n_out", "up", "weight", "width")
+    __slots__ = ("bias", "bits", "double_quant", "down", "dropout", "magnitude", "n_in", "n_out", "transposed", "up", "weight", "width")
 
     def __init__(self, n_in: int, n_out: int, width: int, *, trained: bool, bias: bool = False, bias_trained: bool = False, bits: int = 16,
-                 double_quant: bool = True, r: int = 0, dropout: float = 0.0, dora: bool = False) -> None:  # fmt: skip
+                 double_quant: bool = True, r: int = 0, dropout: float = 0.0, dora: bool = False, transposed: bool = False) -> None:  # fmt: skip
         self.n_in, self.n_out, self.width, self.bits, self.dropout = n_in, n_out, width, bits, dropout
         self.double_quant = double_quant
+        self.transposed = transposed
         self.weight = Parameter(n_in * n_out, width, trained and bits == 16)
         self.bias = Parameter(n_out, width, bias_trained) if bias else None
         self.down = Parameter(n_in * r, width, trained=True) if r else None
@@ -61,6 +62,10 @@ def _dora(tape: Tape, x: Tensor, layer: Linear, base: Tensor | None) -> Tensor:
     factor = _divide(tape, layer.magnitude, norm)
     adapted = _adapt(tape, x, layer)
     if base is None:
+        if (
+            layer.transposed
+        ):  # peft 0.21 turns it into a parameter of its own (utils/other.py, transpose), whose gradient is made and never used
+            weight = Tensor(weight.storage, weight.count, weight.width, Sink(tape.make(0)))
         base = matmul(tape, x, weight, layer.n_in)
     elif layer.bias is not None:
         base = subtract(tape, base, layer.bias) if layer.bias.node is not None else shift(tape, base)

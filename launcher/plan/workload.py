@@ -96,7 +96,7 @@ def build_block(work: Workload, block: Block, layer: int) -> dict[str, Any]:
                 n_in, n_out, work.width, trained=trained, bias=bias is not None,
                 bias_trained=bias is not None and method.trains_base(block.prefix.format(layer) + bias.name, depth),
                 bits=method.bits if is_quantised(block.prefix, weight) else 16, double_quant=method.double_quant, r=rank, dropout=method.dropout,
-                dora=method.dora,
+                dora=method.dora, transposed=weight.matrix == "conv1d",
             )  # fmt: skip
         elif weight.name.endswith(".bias") and weight.name.removesuffix(".bias") in matrices:
             continue
