@@ -64,8 +64,9 @@ def rms_norm_peak(facts: Facts, kernel: str) -> float:
             y = _liger_norm(tape, x, rows, width)
             go_back(tape, [y], lambda: (dy.storage,))
         else:
-            weights = [leaf(tape, width, 4) for _ in range(2)]
-            y = rms_norm(tape, x, weights[0][0])
+            both = [leaf(tape, width, 4) for _ in range(2)]
+            weights = [*both]
+            y = rms_norm(tape, x, both[0][0])
             cast = tape.new(rows * width, 4)  # in torch's engine, until the backward is over
             go_back(tape, [y], lambda: (cast.storage,))
         return [x, keep, dy, weights, y]

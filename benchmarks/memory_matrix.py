@@ -17,10 +17,11 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -132,7 +133,6 @@ def make_plan_of(case: Case, folder: Path, accelerator: Any) -> Any:
     """The case's plan on this machine; its model and data are made in `folder`, its run folder too."""
     from launcher.cluster import find_local_cluster
     from launcher.plan import make_plan
-    from launcher.plan.memory import predict_memory
     from launcher.recipe import Recipe
 
     run_dir = folder / case.name
@@ -152,11 +152,8 @@ def make_plan_of(case: Case, folder: Path, accelerator: Any) -> Any:
     cluster = find_local_cluster(case.ranks, accelerator)
     if accelerator == "cpu":  # a thread a rank, whatever else the machine does
         cluster = cluster.model_copy(update={"cpus_per_node": case.ranks})
-    plan = make_plan(recipe, cluster, base_dir=str(folder), run_dir=str(run_dir))
-    if "expandable_segments:True" in case.env.values():  # a plan is of the native allocator
-        memory = predict_memory(plan.recipe, plan.shape, plan.layout, plan.batch, plan.cluster, deepspeed=plan.deepspeed,
-                                budget=plan.memory.budget, expandable_segments=True)  # fmt: skip
-        plan = replace(plan, memory=memory)
+    with patch.dict(os.environ, case.env):  # the plan is of the allocator's settings in this environment
+        plan = make_plan(recipe, cluster, base_dir=str(folder), run_dir=str(run_dir))
     plan.save(run_dir / "plan.json")
     return plan
 
