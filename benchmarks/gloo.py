@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from itertools import count
 from typing import Any
 
 LET_GO_S = 30
+CALL, GONE = "collective called ", "collective gone "
 COLLECTIVES = ("allreduce", "reduce", "broadcast", "allgather", "all_gather_single", "reduce_scatter", "reduce_scatter_single")
 
 
@@ -18,13 +20,15 @@ def tensors_let_go() -> Iterator[None]:
     """Inside, `wait` on a collective returns once gloo has let go of its tensors.
 
     gloo's thread holds them a moment longer than the caller waits (ProcessGroupGloo::runLoop drops its work after it marked it
-    done): one call in five, measured. A bucket that the engine has freed would be counted, or not, by chance.
+    done): one call in five, measured. A bucket that the engine has freed would be counted, or not, by chance. A profiler is told
+    when each call began and ended and when its tensors were gone (`CALL` and `GONE`, with the call's number).
     """
     from torch.distributed import ProcessGroup
 
     plain = {name: ProcessGroup.__dict__[name] for name in COLLECTIVES}
+    numbers = count()
     for name, call in plain.items():
-        setattr(ProcessGroup, name, _followed(call))
+        setattr(ProcessGroup, name, _followed(call, numbers))
     try:
         yield
     finally:
@@ -32,7 +36,7 @@ def tensors_let_go() -> Iterator[None]:
             setattr(ProcessGroup, name, call)
 
 
-def _followed(call: Callable[..., Any]) -> Callable[..., Any]:
+def _followed(call: Callable[..., Any], numbers: Iterator[int]) -> Callable[..., Any]:
     @wraps(call)
     def followed(group: Any, *args: Any, **kwargs: Any) -> Any:
         import torch
@@ -48,7 +52,10 @@ def _followed(call: Callable[..., Any]) -> Callable[..., Any]:
             lent.append(alias)
             return alias
 
-        return _Followed(call(group, *tree_map(lend, args), **tree_map(lend, kwargs)), lent)
+        number = next(numbers)
+        with torch.profiler.record_function(f"{CALL}{number}"):
+            work = call(group, *tree_map(lend, args), **tree_map(lend, kwargs))
+        return _Followed(work, lent, number)
 
     return followed
 
@@ -56,10 +63,12 @@ def _followed(call: Callable[..., Any]) -> Callable[..., Any]:
 class _Followed:
     """A collective under way, and the tensors it holds."""
 
-    def __init__(self, work: Any, lent: list[Any]) -> None:
-        self.work, self.lent = work, lent
+    def __init__(self, work: Any, lent: list[Any], number: int) -> None:
+        self.work, self.lent, self.number = work, lent, number
 
     def wait(self, *args: Any) -> bool:
+        import torch
+
         done: bool = self.work.wait(*args)
         self.work = None
         deadline = time.monotonic() + LET_GO_S
@@ -68,6 +77,8 @@ class _Followed:
                 raise TimeoutError(f"gloo held a tensor for {LET_GO_S} s after its collective was done")
             time.sleep(0)
         self.lent = []
+        with torch.profiler.record_function(f"{GONE}{self.number}"):
+            pass
         return done
 
 

@@ -20,6 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from benchmarks.gloo import CALL, GONE
 from benchmarks.memory_matrix import RESULTS, Case, describe, measure_run, run, save_results
 
 FULL, LORA, QLORA, QLORA_8 = {"kind": "full"}, {"kind": "lora", "r": 16}, {"kind": "qlora", "r": 16}, {"kind": "qlora", "r": 16, "bits": 8}
@@ -64,16 +65,18 @@ def profile_rank(plan_file: Path) -> None:
     with tensors_let_go():  # what gloo's threads free is not seen
         run_rank(plan, me, show=lambda event: marks.append({**event, "time_ns": time.time_ns()}), stop_asked=lambda: False)
     profiler.stop()
-    np.save(Path(plan.run_dir) / f"live-{me.rank}.npy", np.array(follow_live(list_allocations(profiler)), dtype=np.int64))
+    np.save(Path(plan.run_dir) / f"live-{me.rank}.npy", np.array(read_profile(profiler), dtype=np.int64))
     if me.rank == 0:
         (Path(plan.run_dir) / "marks.json").write_text(json.dumps(marks))
 
 
-def list_allocations(profiler: Any) -> list[tuple[int, int, int]]:
-    """(time in ns, address, bytes or below zero what was freed) of all that a profiler saw, in the order of time."""
+def read_profile(profiler: Any) -> list[tuple[int, int]]:
+    """When (ns) how many bytes were live, of what a profiler saw inside `tensors_let_go`."""
     from torch._C._profiler import _EventType
 
     seen: list[tuple[int, int, int]] = []
+    calls: dict[str, tuple[int, int]] = {}
+    gone: dict[str, int] = {}
     waiting = list(profiler.profiler.kineto_results.experimental_event_tree())
     while waiting:
         event = waiting.pop()
@@ -81,21 +84,32 @@ def list_allocations(profiler: Any) -> list[tuple[int, int, int]]:
             fields = event.extra_fields
             if fields.total_allocated or fields.alloc_size < 0:  # a file that is mapped is told of with a total of zero
                 seen.append((event.start_time_ns, fields.ptr, fields.alloc_size))
+        elif event.name.startswith(CALL):
+            calls[event.name.removeprefix(CALL)] = event.start_time_ns, event.end_time_ns
+        elif event.name.startswith(GONE):
+            gone[event.name.removeprefix(GONE)] = event.start_time_ns
         waiting += event.children
-    return sorted(seen)
+    return follow_live(sorted(seen), [(*calls[number], gone[number]) for number in gone])
 
 
-def follow_live(seen: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
-    """When how many bytes were live, of what was made or (below zero) freed at which address.
+def follow_live(seen: list[tuple[int, int, int]], calls: list[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    """When how many bytes were live, of what was made or (below zero) freed at which address, and of collectives' (begin, end, gone).
 
-    gloo's threads free what was made in another, unseen: where an address is given out anew, what was there is gone.
+    gloo's threads free, unseen, what a call made in this one: it is gone with the call's tensors, or where its address is given out
+    anew if that is earlier.
     """
-    held: dict[int, int] = {}
+    held: dict[int, tuple[int, int]] = {}
     points, live = [], 0
+    leaving = sorted((gone, begin, end) for begin, end, gone in calls)
     for time_ns, address, size in seen:
-        live -= held.pop(address, 0)
+        while leaving and leaving[0][0] <= time_ns:
+            gone, begin, end = leaving.pop(0)
+            for place in [place for place, (_, made) in held.items() if begin <= made <= end]:
+                live -= held.pop(place)[0]
+            points.append((gone, live))
+        live -= held.pop(address, (0, 0))[0]
         if size > 0:
-            held[address] = size
+            held[address] = size, time_ns
             live += size
         points.append((time_ns, live))
     return points

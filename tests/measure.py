@@ -61,7 +61,7 @@ def profile_training(me: Any, plan: Any, steps: int = 4) -> int:
     import torch
     from torch.profiler import ProfilerActivity, profile
 
-    from benchmarks.memory_cpu import follow_live, list_allocations
+    from benchmarks.memory_cpu import read_profile
     from launcher.train.data import check_packing
     from launcher.train.loop import set_lr, take_step
     from launcher.train.loss import sum_token_loss
@@ -86,7 +86,7 @@ def profile_training(me: Any, plan: Any, steps: int = 4) -> int:
             take_step(engine, _nothing)
             del loss
     engine.destroy()
-    return max(live for moment, live in follow_live(list_allocations(profiler)) if moment >= third)
+    return max(live for moment, live in read_profile(profiler) if moment >= third)
 
 
 def _make_batch(plan: Any) -> dict[str, Any]:
