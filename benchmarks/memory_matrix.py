@@ -163,11 +163,14 @@ def run(
 ) -> None:
     """The plan's ranks under torchrun; with `stop_early` only until they have compared their memory with the plan: what they would save then,
     a large model's states, takes minutes. Raises RuntimeError with the end of what they said, TimeoutExpired."""
+    from launcher.plan.heap import heap_environment
+
     words = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={plan.layout.world_size}", "--standalone", *module]
     around = os.environ | {
         "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
         "OMP_NUM_THREADS": str(plan.layout.threads_per_worker),
         "DS_ACCELERATOR": plan.layout.accelerator,
+        **heap_environment(plan.layout.accelerator, os.environ),
     }
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=said, env=around | dict(env))

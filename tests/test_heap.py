@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import plan_tiny
 
-from launcher.plan.heap import LEAST_THRESHOLD, MOST_THRESHOLD, Heap, choose_threshold, keep_beside, replay
+from launcher.plan.heap import ENVIRONMENT, LEAST_THRESHOLD, MOST_THRESHOLD, Heap, choose_threshold, keep_beside, replay
 from launcher.plan.memory import make_workload
 
 MIB = 1 << 20
@@ -20,7 +21,7 @@ import torch
 from pathlib import Path
 from launcher.plan import load_plan
 from launcher.train.budget import bound_heap, forget_peak, read_anonymous, read_peak_anonymous, return_heap
-bound_heap(load_plan(Path(sys.argv[1])))
+bound_heap(load_plan(Path(sys.argv[1])), loading=False)
 events, held = json.loads(sys.argv[2]), {}
 return_heap()
 forget_peak()
@@ -51,7 +52,7 @@ def saved(tiny: Path, tmp_path: Path) -> Path:
 
 
 def run(code: str, *words: str) -> list[int]:
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, env=os.environ | ENVIRONMENT)
     return [int(word) for word in done.stdout.split()]
 
 
@@ -73,7 +74,7 @@ import torch
 from launcher.plan import load_plan
 from launcher.train.budget import bound_heap, read_anonymous
 if sys.argv[2] == "bound":
-    bound_heap(load_plan(Path(sys.argv[1])))
+    bound_heap(load_plan(Path(sys.argv[1])), loading=False)
 base = read_anonymous()
 large = torch.ones(24 << 20, dtype=torch.uint8)
 del large
@@ -103,7 +104,7 @@ def test_what_is_freed_is_joined_and_the_top_goes_back() -> None:
     for key in range(40):
         heap.free(key)
     while heap.pieces:
-        heap._free(heap.pieces.pop()[2])
+        heap._free(heap.pieces.pop())
     assert not heap.holes and heap.end == 0 and heap.top < 4 * MIB
 
 

@@ -23,6 +23,7 @@ from typing import Any
 from launcher.errors import ClusterError, Interrupted, LauncherError, Stopped
 from launcher.job.group import Group, GroupFailed, ask_to_stop, end_workers, run_group, start_workers
 from launcher.plan import Plan
+from launcher.plan.heap import heap_environment
 from launcher.run import Event, RunFolder, write_status
 
 AGAIN = "the same command goes on from the newest checkpoint; where there is none it starts over"
@@ -99,6 +100,7 @@ def _own_ray(plan: Plan) -> Iterator[Any]:
         # How long Ray's agents look for its head before they end themselves, should this process be killed.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",
     }
+    os.environ |= heap_environment(plan.layout.accelerator, os.environ)
     import ray
 
     try:

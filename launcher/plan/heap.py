@@ -2,35 +2,47 @@
 
 From malloc's source (glibc 2.36, malloc/malloc.c). A block of M_MMAP_THRESHOLD bytes or more, for which the heap has no place, is mapped by itself and
 given back when it is freed. Smaller ones lie on one heap: the smallest hole that is large enough, otherwise the top; freed neighbours are joined,
-and the top alone goes back to the system, once it is M_TRIM_THRESHOLD long. Workers set both thresholds (`choose_threshold`), because glibc's own
-rule moves them with what a process has freed so far.
+and the top alone goes back to the system, once it is M_TRIM_THRESHOLD long. Workers set both thresholds, for loading and anew for the steps
+(`choose_threshold`), because glibc's own rule moves them with what a process has freed so far.
 
-torch asks for places at 64 bytes (posix_memalign). glibc looks for a hole that is 96 bytes longer and gives the ends back as small pieces, where
-small objects, such as the nodes of autograd's graph, settle for a while. A hole between two of them is too short for a tensor of the size that it
-came from: that, and little else, is why a heap grows to several times of what a layer needs. How long a piece stays taken is the one constant here.
+torch asks for places at 64 bytes (posix_memalign). glibc looks for a hole that is 96 bytes longer and gives both ends back as pieces, where small
+objects settle: of each tensor one that lives as long, its version counter, and most nodes of autograd's graph, until their backward pass. A hole
+between two of them is too short for a tensor of the size that it came from: that, and little else, is why a heap grows to several times of what a
+layer needs. glibc's cache of a thread would keep some pieces for good, by chance: workers start without it (`ENVIRONMENT`).
 """
 
 from __future__ import annotations
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Iterable
-from heapq import heappop, heappush
+from collections.abc import Iterable, Mapping
 
+from launcher.plan.tape import GRAPH_OBJECT
 from launcher.plan.workload import Workload
 from launcher.units import MIB
 
+LOADING_THRESHOLD = 128 << 10
+"""Until the engine stands, when a block is written once: what was read, cast and sharded leaves no holes then. They would be places for a step's
+blocks, also for those that are to be mapped by themselves. It is what glibc begins with (DEFAULT_MMAP_THRESHOLD_MIN)."""
 LEAST_THRESHOLD, MOST_THRESHOLD = 4 * MIB, 32 * MIB
 """malloc takes no larger one than the second (DEFAULT_MMAP_THRESHOLD_MAX)."""
 ALIGNMENT, HEADER, LEAST_CHUNK, PAGE, TOP_PAD = 64, 16, 32, 4096, 128 << 10
 PIECES = (32, 48, 64)
-PIECE_LIFE = 0.2
-"""How long a piece stays taken on average: this share of a step's allocations, because graphs live from their forward pass to their backward.
-Fitted on three runs that no table of results has: SmolLM2-135M, QLoRA of 256 and LoRA of 1,024 tokens, and a LoRA of 24 layers 64 wide."""
+PIECES_AT_HAND = 2
+"""A tensor's own: with the next large block malloc joins what is free (malloc_consolidate)."""
+NODES_IN_PIECES = 2 / 3
+"""Share of the graph's nodes that settle in one: the one constant that is fitted, on four runs that no table of results has: SmolLM2-135M, QLoRA in
+bf16 of 256 tokens with and without checkpointing, LoRA in bf16 of 1,024 and in fp32 of 512."""
+ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
+
+
+def heap_environment(accelerator: str, present: Mapping[str, str]) -> dict[str, str]:
+    """What a CPU worker's process is to begin with: glibc reads it then and no later. What is there already stays."""
+    return {name: value for name, value in ENVIRONMENT.items() if accelerator == "cpu" and name not in present}
 
 
 def choose_threshold(work: Workload) -> int:
-    """M_MMAP_THRESHOLD for a worker: above the activations of a layer, because a mapped block costs 0.25 ms a MiB each time, which doubles or triples
+    """M_MMAP_THRESHOLD for a worker's steps: above the activations of a layer, because a mapped block costs 0.25 ms a MiB each time, which doubles or triples
     an elementwise operator; no higher than that, so that logits and flat gradients leave nothing behind."""
     widest = work.tokens * work.shape.intermediate_size * work.width
     return min(MOST_THRESHOLD, max(LEAST_THRESHOLD, 1 << widest.bit_length()))
@@ -62,20 +74,24 @@ class _Chunk:
 class Heap:
     """Bytes that are live and resident, now and at most."""
 
-    def __init__(self, threshold: int, piece_life: int = 0) -> None:
-        self.threshold, self.piece_life = threshold, piece_life
+    def __init__(self, threshold: int) -> None:
+        self.threshold = threshold
         self.mapped = self.live = self.peak_live = self.peak_resident = 0
         self.end = self.top = 0
         """Where the last chunk ends, and how much lies free beyond it."""
         self.last: _Chunk | None = None
         self.holes: list[tuple[int, int, _Chunk]] = []
         self.held: dict[int, tuple[int, _Chunk | None]] = {}
-        self.pieces: list[tuple[int, int, _Chunk]] = []
-        self.count = 0
+        self.pieces: list[_Chunk] = []
+        """Those that an object made now is given."""
+        self.taken: dict[int, _Chunk] = {}
         self.random = random.Random(0)
 
     def allocate(self, key: int, size: int) -> None:
-        self._free_old_pieces()
+        if size == GRAPH_OBJECT:
+            if self.random.random() < NODES_IN_PIECES:
+                self._take_piece(key)
+            return
         need = max(LEAST_CHUNK, -(-(size + HEADER // 2) // HEADER) * HEADER)
         wanted = need + ALIGNMENT + LEAST_CHUNK
         index = bisect_left(self.holes, (wanted,))
@@ -85,6 +101,7 @@ class Heap:
             self._extend(key, size, need, wanted)
         else:
             self.hold(key, size)
+        self._take_piece(key)
         self._note()
 
     def hold(self, key: int, size: int) -> None:
@@ -94,6 +111,10 @@ class Heap:
         self.live += size
 
     def free(self, key: int) -> None:
+        if key in self.taken:
+            self._leave_piece(self.taken.pop(key))
+        if key not in self.held:
+            return
         size, chunk = self.held.pop(key)
         self.live -= size
         if chunk is None:
@@ -118,17 +139,26 @@ class Heap:
         self._place(key, size, need, chunk)
 
     def _place(self, key: int, size: int, need: int, chunk: _Chunk) -> None:
-        """The block in this chunk: a piece before it, which is taken for a while, and a hole after it."""
-        self.count += 1
-        piece = self.random.choice(PIECES)
-        block = self._split(chunk, piece)
-        rest = self._split(block, need) if block.size - need >= LEAST_CHUNK else None
-        chunk.free = block.free = False
+        """The block in this chunk: what malloc was not asked for is a hole again, and the ends of the rest are pieces."""
+        chunk.free = False
+        wanted = need + ALIGNMENT + LEAST_CHUNK
+        if chunk.size - wanted >= LEAST_CHUNK:
+            self._free(self._split(chunk, wanted))
+        block = self._split(chunk, self.random.choice(PIECES))
+        self._leave_piece(chunk)
+        if block.size - need >= LEAST_CHUNK:
+            self._leave_piece(self._split(block, need))
         self.held[key] = (size, block)
         self.live += size
-        heappush(self.pieces, (self.count + self.random.randrange(2 * self.piece_life + 1), self.count, chunk))
-        if rest is not None:
-            self._free(rest)
+
+    def _leave_piece(self, piece: _Chunk) -> None:
+        self.pieces.append(piece)
+        if len(self.pieces) > PIECES_AT_HAND:
+            self._free(self.pieces.pop(0))
+
+    def _take_piece(self, key: int) -> None:
+        if self.pieces:
+            self.taken[key] = self.pieces.pop()
 
     def _split(self, chunk: _Chunk, size: int) -> _Chunk:
         rest = _Chunk(chunk.offset + size, chunk.size - size, chunk)
@@ -163,17 +193,13 @@ class Heap:
             self.last = first
         return first
 
-    def _free_old_pieces(self) -> None:
-        while self.pieces and self.pieces[0][0] <= self.count:
-            self._free(heappop(self.pieces)[2])
 
-
-def replay(events: Iterable[tuple[str, int, int]], threshold: int, piece_life: int = 0) -> dict[str, tuple[int, int]]:
+def replay(events: Iterable[tuple[str, int, int]], threshold: int) -> dict[str, tuple[int, int]]:
     """Of (phase, size or -size, key) events: by phase, the most that was resident and the most that was live.
 
-    What was made before the first forward pass lies compact: workers give loading's holes back. `piece_life` is in allocations.
+    What was made before the first forward pass lies by itself, as workers load (`LOADING_THRESHOLD`).
     """
-    heap = Heap(threshold, piece_life)
+    heap = Heap(threshold)
     peaks: dict[str, tuple[int, int]] = {}
     current, begun = "", False
     for phase, size, key in events:
@@ -183,7 +209,7 @@ def replay(events: Iterable[tuple[str, int, int]], threshold: int, piece_life: i
             fresh = True
         if size > 0 and begun:
             heap.allocate(key, size)
-        elif size > 0:
+        elif size > GRAPH_OBJECT:
             heap.hold(key, size)
         elif size < 0:
             heap.free(key)

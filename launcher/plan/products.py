@@ -17,7 +17,7 @@ from launcher.plan.workload import Workload
 LEAST_KEPT = 48
 """Products; so that a model of unknown parts does not compile each anew: a Llama with adapters has 31."""
 SPARE = 8
-CODE_BYTES = 512 << 10
+CODE_BYTES = 448 << 10
 """Compiled code and buffers a product: 300 to 1,400 KiB were measured over twelve shapes on a CPU with AMX (torch 2.13, oneDNN's brg_matmul),
 2,400 KiB for one."""
 ATTENTION = 6
@@ -64,7 +64,7 @@ def predict_products(work: Workload) -> int:
     return count_kept(work) * CODE_BYTES if work.device == "cpu" and work.width == 2 else 0
 
 
-WORKER_OBJECTS, LAYER_OBJECTS, ADAPTER_OBJECTS = 3 << 20, 100 << 10, 60 << 10
+WORKER_OBJECTS, LAYER_OBJECTS, ADAPTER_OBJECTS = 2 << 20, 280 << 10, 70 << 10
 """Bytes of a worker's engine; of a layer's modules, parameters and DeepSpeed's hooks; of the ten modules that peft puts in a linear layer's place.
 Fitted on models 64 wide, of 2 and 24 layers, full and LoRA, in fp32, that no table of results has."""
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from launcher.plan.allocator import replay as replay_allocator
 from launcher.plan.budget import Component, FigureName, Provenance
-from launcher.plan.heap import PIECE_LIFE
 from launcher.plan.heap import replay as replay_heap
-from launcher.plan.timeline import ITERATIONS, Event, Story
+from launcher.plan.timeline import Event, Story
 
 Held = list[Component]
 
@@ -52,8 +51,7 @@ def make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, l
 def make_heap_slack(phases: dict[str, Held], story: Story, threshold: int, beside: int) -> dict[str, Component]:
     """What glibc's heap keeps in holes, replayed (heap.py), and what threads' heaps keep `beside` it. What an earlier phase left stays, so each
     has the most until then."""
-    allocations = sum(1 for phase, size, _ in story.events if size > 0 and phase not in ("load", "engine start")) // ITERATIONS
-    peaks = replay_heap(story.events, threshold, piece_life=int(PIECE_LIFE * allocations))
+    peaks = replay_heap(story.events, threshold)
     slack: dict[str, Component] = {}
     for name in phases:
         resident, live = peaks.get(story.phase_of(name), (0, 0))

@@ -35,6 +35,9 @@ KINDS = (
 )
 """What a storage is counted as."""
 
+GRAPH_OBJECT = 1
+"""Bytes of an event that is no storage: a node of autograd's graph, which glibc's heap has a place for (launcher/plan/heap.py)."""
+
 Gradient = "Storage | None"
 
 
@@ -52,14 +55,15 @@ class Tape:
     """The one who counts. `peaks` holds, phase by phase, the most that was live and how it was made up."""
 
     __slots__ = ("accumulates_in_place", "counts_workspace", "events", "frame", "fused", "on_cuda", "grad_enabled", "kind", "live", "marks", "next_id", "now", "on_gradient",
-                 "has_gradients", "on_host", "peaks", "phase", "recomputing", "reentrant", "round_to", "sequence", "top", "training", "unpacked")  # fmt: skip
+                 "has_gradients", "notes_graph", "on_host", "peaks", "phase", "recomputing", "reentrant", "round_to", "sequence", "top", "training", "unpacked")  # fmt: skip
 
     def __init__(
         self, *, round_to: int = ROUND_TO, record: bool = False, accumulates_in_place: bool = True, on_cuda: bool = True, counts_workspace: bool = True, training: bool = True,
-        fused: bool = False, reentrant: bool = False,
+        fused: bool = False, reentrant: bool = False, notes_graph: bool = False,
     ) -> None:  # fmt: skip
         self.fused = fused  # Liger's kernels in place of torch's
         self.reentrant = reentrant  # torch.utils.checkpoint(use_reentrant=True): a recomputation runs to its end, and its output stays
+        self.notes_graph = notes_graph  # nodes are among the events, as objects of `GRAPH_OBJECT` bytes
         self.now = self.on_host = 0
         self.has_gradients = False
         self.marks: list[Mark] = []
@@ -136,7 +140,11 @@ class Tape:
                 if tensor.node is not None:
                     self.sequence += 1
                     out.node = Node(
-                        self.sequence, self.phase, run if self.recomputing is None else None, tuple((t.node, t.slot) for t in inputs)
+                        self.sequence,
+                        self.phase,
+                        run if self.recomputing is None else None,
+                        tuple((t.node, t.slot) for t in inputs),
+                        _GraphObject(self) if self.notes_graph else None,
                     )
                     break
         return out
@@ -180,6 +188,24 @@ class Storage:
         self.tape.live[self.kind] -= self.size
         self.tape.live[kind] += self.size
         self.kind = kind
+
+
+class _GraphObject:
+    """What a node is to the heap, from its making to the last reference."""
+
+    __slots__ = ("key", "tape")
+
+    def __init__(self, tape: Tape) -> None:
+        self.tape = tape
+        self.key = tape.next_id = tape.next_id + 1
+        self._note(GRAPH_OBJECT)
+
+    def __del__(self) -> None:
+        self._note(-GRAPH_OBJECT)
+
+    def _note(self, size: int) -> None:
+        assert self.tape.events is not None
+        self.tape.events.append((self.tape.phase, size, self.key))
 
 
 class Tensor:
@@ -310,10 +336,10 @@ def checkpoint(tape: Tape, function: Callable[..., Any], *inputs: Tensor | None,
 class Node:
     """An operator in the graph. `run` is given the output's gradient (a list of them, with several outputs)."""
 
-    __slots__ = ("edges", "grads", "phase", "run", "sequence")
+    __slots__ = ("edges", "grads", "noted", "phase", "run", "sequence")
 
-    def __init__(self, sequence: int, phase: str, run: Any, edges: tuple[Any, ...]) -> None:
-        self.sequence, self.phase, self.run, self.edges = sequence, phase, run, edges
+    def __init__(self, sequence: int, phase: str, run: Any, edges: tuple[Any, ...], noted: _GraphObject | None = None) -> None:
+        self.sequence, self.phase, self.run, self.edges, self.noted = sequence, phase, run, edges, noted
         self.grads: Any = None
 
     def __lt__(self, other: Any) -> bool:
@@ -342,7 +368,7 @@ def backward(tape: Tape, loss: Tensor, *, retain: bool = False) -> None:
         run, edges, grads = node.run, node.edges, node.grads
         node.grads = None
         if not retain:
-            node.run, node.edges = None, ()
+            node.run, node.edges, node.noted = None, (), None
         outputs = list(run(grads))
         tape.unpacked.clear()
         for index, output in enumerate(outputs):

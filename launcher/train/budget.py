@@ -22,7 +22,7 @@ import torch.distributed as dist
 from launcher.errors import OutOfMemory
 from launcher.plan import Plan
 from launcher.plan.budget import STEPPING, FigureName, MemoryPlan
-from launcher.plan.heap import choose_threshold
+from launcher.plan.heap import ENVIRONMENT, LOADING_THRESHOLD, choose_threshold
 from launcher.plan.memory import make_workload
 from launcher.plan.products import count_kept
 from launcher.recipe import Lora, QLora
@@ -83,14 +83,15 @@ def bound_compiled_products(plan: Plan) -> None:
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 
 
-def bound_heap(plan: Plan) -> None:
+def bound_heap(plan: Plan, *, loading: bool) -> None:
     """Set glibc's two thresholds as the plan has them (launcher/plan/heap.py): otherwise what it keeps depends on what it freed before.
 
     What the user has set stays. Other C libraries have no such call.
     """
-    if plan.layout.accelerator != "cpu" or any("MALLOC" in name or "glibc.malloc" in value for name, value in os.environ.items()):
+    others = {name: value for name, value in os.environ.items() if ENVIRONMENT.get(name) != value}
+    if plan.layout.accelerator != "cpu" or any("MALLOC" in name or "glibc.malloc" in value for name, value in others.items()):
         return
-    threshold = choose_threshold(make_workload(plan.recipe, plan.shape, plan.layout, plan.batch))
+    threshold = LOADING_THRESHOLD if loading else choose_threshold(make_workload(plan.recipe, plan.shape, plan.layout, plan.batch))
     with suppress(AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_THRESHOLD, threshold)
@@ -126,6 +127,7 @@ class Watch:
         if self.plan.layout.accelerator == "cpu":
             self.mapped = count_mapped(model.parameters(), list_loaded_files(self.plan))
             return_heap()
+            bound_heap(self.plan, loading=False)
             forget_peak()
 
     def check(self, when: str) -> None:

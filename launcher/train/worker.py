@@ -299,7 +299,7 @@ def _process_group(plan: Plan, me: Rank) -> Iterator[None]:
     else:
         torch.set_num_threads(plan.layout.threads_per_worker)
         bound_compiled_products(plan)
-        bound_heap(plan)
+        bound_heap(plan, loading=True)
     if me.store is None:
         dist.init_process_group(plan.layout.backend, timeout=GROUP_TIMEOUT)
     else:
