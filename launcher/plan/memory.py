@@ -24,10 +24,10 @@ from launcher.plan.merging import make_merge_phases
 from launcher.plan.products import predict_objects, predict_products
 from launcher.plan.profile import Peak, StepProfile, bound_step, profile_step
 from launcher.plan.shape import ModelShape, as_llama
-from launcher.plan.slack import Held, add_bytes, make_heap_slack, make_slack, part
+from launcher.plan.slack import Held, add_bytes, bound_slack, make_heap_slack, make_slack, part
 from launcher.plan.speed import find_target_len
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states, optimizer_of
-from launcher.plan.timeline import flushes_in_backward, tell_step
+from launcher.plan.timeline import flushes_in_backward, list_streams, tell_step
 from launcher.plan.trainable import OTHERS, as_trained
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
@@ -150,6 +150,7 @@ def predict_memory(
     deepspeed: Mapping[str, Any],
     budget: int | None = None,
     replay: bool = True,
+    at_least: bool = False,
     overheads: Overheads | None = None,
     expandable_segments: bool = False,
     tracer: Tracer | None = None,
@@ -159,7 +160,7 @@ def predict_memory(
     """What the run needs, phase by phase. `deepspeed` is its configuration; `budget` is the device's memory unless told.
 
     With `replay` the allocator is simulated and every layer computed; without, its slack is a share and a deep model's layers are
-    extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step, where there is one.
+    extrapolated: for a search over thousands of candidates; `at_least`, it is none but what is sure. `tracer` is asked for the micro-step, where there is one.
     `work` is what a rank computes, and `states` what it holds, where they are not this launcher's loop's and DeepSpeed's.
     """
     overheads = overheads or choose_overheads(cluster.device_name)
@@ -182,6 +183,9 @@ def predict_memory(
         threshold = choose_threshold(work)
         beside = keep_beside(largest_at_once(parts.acting, sharding), states.reduce_copy, sharding.ranks, threshold)
         slack = make_heap_slack(phases, story, threshold, beside)
+    elif at_least:
+        streams = list_streams(parts.acting, sharding) if layout.accelerator == "cuda" else ()
+        slack = bound_slack(phases, streams, expandable_segments)
     else:
         slack = make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
     finished = tuple(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from launcher.plan.allocator import replay as replay_allocator
 from launcher.plan.budget import Component, FigureName, Provenance
 from launcher.plan.heap import PIECE_LIFE
@@ -27,7 +29,7 @@ def make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, l
     if story is None:
         return {name: part("allocator slack", int(0.06 * add_bytes(parts)), "assumed", 1.0, "reserved") for name, parts in phases.items()}
     least = max(map(add_bytes, phases.values()))
-    beside = [sum(_reserve(events, mode) for events in story.side) for mode in (False, True)]
+    beside = [reserve_beside(story.side, mode) for mode in (False, True)]
     limit -= max(beside)
     within = limit if limit > least else None  # what cannot fit shows what it would take
     native, growing = (replay_allocator(story.events, expandable=mode, limit=within) for mode in (False, True))
@@ -49,6 +51,17 @@ def make_slack(phases: dict[str, Held], story: Story | None, expandable: bool, l
     return slack
 
 
+def bound_slack(phases: dict[str, Held], streams: tuple[list[Event], ...], expandable: bool) -> dict[str, Component]:
+    """What a replay finds at least: in a micro-step, that ZeRO-3's own streams reserve more than is gathered just then."""
+    beside = reserve_beside(streams, expandable)
+
+    def least(name: str, parts: Held) -> int:
+        gathered = sum(component.bytes for component in parts if component.name == "gathered parameters")
+        return max(0, beside - gathered) if name in ("forward", "loss", "backward") else 0
+
+    return {name: part("allocator slack", least(name, parts), "source", counts_in="reserved") for name, parts in phases.items()}
+
+
 def make_heap_slack(phases: dict[str, Held], story: Story, threshold: int, beside: int) -> dict[str, Component]:
     """What glibc's heap keeps in holes, replayed (heap.py), and what threads' heaps keep `beside` it. What an earlier phase left stays, so each
     has the most until then."""
@@ -61,6 +74,11 @@ def make_heap_slack(phases: dict[str, Held], story: Story, threshold: int, besid
     return slack
 
 
-def _reserve(events: list[Event], expandable: bool) -> int:
-    """What a stream of its own reserves."""
+def reserve_beside(streams: tuple[list[Event], ...], expandable: bool) -> int:
+    return sum(_reserve(tuple(events), expandable) for events in streams)
+
+
+@lru_cache(maxsize=8)
+def _reserve(events: tuple[Event, ...], expandable: bool) -> int:
+    """What a stream of its own reserves: the same in most of a search's candidates."""
     return max((reserved for reserved, _ in replay_allocator(events, expandable=expandable).values()), default=0)
