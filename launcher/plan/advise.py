@@ -169,9 +169,7 @@ def _rank_picks(picks: tuple[int, ...], lists: list[list[_Step]]) -> tuple[int, 
     return max((step.grade for step in steps), default=0), len(steps), sum(picks)
 
 
-def suggest_nodes(
-    cluster: Cluster, fits_on: Callable[[Cluster], bool], counts: Iterable[int] = (2, 4, 8, 16, 32, 64)
-) -> int | None:
+def suggest_nodes(cluster: Cluster, fits_on: Callable[[Cluster], bool], counts: Iterable[int] = (2, 4, 8, 16, 32, 64)) -> int | None:
     """The fewest nodes, among powers of two, on which the recipe as it is fits; None where none do."""
     wider = (cluster.model_copy(update={"nodes": nodes}) for nodes in counts if nodes > cluster.nodes)
     return next((each.nodes for each in wider if fits_on(each)), None)

@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from launcher.cluster import Cluster
 from launcher.plan.batch import BatchPlan
-from launcher.plan.budget import COMPONENTS, Component, MemoryPlan, Phase, Provenance
+from launcher.plan.budget import COMPONENTS, MARGIN, Component, MemoryPlan, Phase, Provenance
 from launcher.plan.decoder import CLOSED_FORMS
 from launcher.plan.evaluating import Evaluation, profile_evaluating
 from launcher.plan.fused import FUSED
@@ -150,7 +150,7 @@ def predict_memory(
     deepspeed: Mapping[str, Any],
     budget: int | None = None,
     replay: bool = True,
-    at_least: bool = False,
+    only_fits: bool = False,
     overheads: Overheads | None = None,
     expandable_segments: bool = False,
     tracer: Tracer | None = None,
@@ -160,7 +160,9 @@ def predict_memory(
     """What the run needs, phase by phase. `deepspeed` is its configuration; `budget` is the device's memory unless told.
 
     With `replay` the allocator is simulated and every layer computed; without, its slack is a share and a deep model's layers are
-    extrapolated: for a search over thousands of candidates; `at_least`, it is none but what is sure. `tracer` is asked for the micro-step, where there is one.
+    extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step, where there is one.
+    `only_fits`: asked only whether it fits. Of what does not, no more is told than what shows it: without a replay the slack is what is
+    sure of it, and a replay ends where it leaves no room.
     `work` is what a rank computes, and `states` what it holds, where they are not this launcher's loop's and DeepSpeed's.
     """
     overheads = overheads or choose_overheads(cluster.device_name)
@@ -169,7 +171,8 @@ def predict_memory(
     counts = count_states(work)
     states = states or make_states(counts, sharding, width=work.width, optimizer=optimizer_of(recipe),
                                    micro_steps=batch.gradient_accumulation_steps, on_cpu=work.device == "cpu")  # fmt: skip
-    limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
+    there = budget if budget is not None else cluster.device_memory
+    limit = there - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
     states = _flatten_where_there_is_room(states, limit, on_device=work.device == "cuda" and sharding.stage in (1, 2))
     profile, acting, notes = _choose_profile(work, sharding.stage < 2, tracer)
     parts = Parts(work, acting, sharding, counts, states, batch.gradient_accumulation_steps)
@@ -183,11 +186,13 @@ def predict_memory(
         threshold = choose_threshold(work)
         beside = keep_beside(largest_at_once(parts.acting, sharding), states.reduce_copy, sharding.ranks, threshold)
         slack = make_heap_slack(phases, story, threshold, beside)
-    elif at_least:
+    elif story is None and only_fits:
         streams = list_streams(parts.acting, sharding) if layout.accelerator == "cuda" else ()
         slack = bound_slack(phases, streams, expandable_segments)
     else:
-        slack = make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
+        slack = make_slack(
+            phases, story, expandable_segments, limit, alike=not profile.is_traced, until=int((1 - MARGIN) * there) if only_fits else None
+        )
     finished = tuple(
         Phase(name=name, components=_finish(components, slack[name], work, overheads, sharding, name))
         for name, components in phases.items()
@@ -206,7 +211,7 @@ def predict_memory(
         host_phases=host + merging.host,
         disk=disk,
         network_bytes=make_network(counts, sharding, work.width, batch.gradient_accumulation_steps),
-        budget=budget if budget is not None else cluster.device_memory,
+        budget=there,
         host_budget=cluster.host_memory if cluster.host_memory > 1 else None,
         notes=tuple(notes),
     )

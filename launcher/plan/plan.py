@@ -247,20 +247,18 @@ def fits_on(plan: Plan, cluster: Cluster) -> bool:
 
 
 def _make_rules(shape: ModelShape, cluster: Cluster) -> tuple[Predict, Predict]:
-    """What is never above the exact prediction, and the exact one."""
-    return make_predictor(shape, cluster, replay=False, at_least=True), make_predictor(shape, cluster, replay=True)
+    """What is never above the exact prediction, and the exact one of what fits."""
+    return make_predictor(shape, cluster, replay=False, only_fits=True), make_predictor(shape, cluster, replay=True, only_fits=True)
 
 
-def make_predictor(
-    shape: ModelShape, cluster: Cluster, *, replay: bool, at_least: bool = False, tracer: Tracer | None = None
-) -> Predict:
+def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool, only_fits: bool = False, tracer: Tracer | None = None) -> Predict:
     """What predicts the memory of a recipe, its layout and its batch, for this model and cluster."""
     measured = find_calibration(cluster)
 
     def predict(recipe: Recipe, layout: Layout, batch: BatchPlan) -> MemoryPlan:
         config = configure_deepspeed(recipe, shape, layout, batch)
         memory = predict_memory(recipe, shape, layout, batch, cluster, deepspeed=config, budget=recipe.memory.budget_bytes, replay=replay,
-                                at_least=at_least, tracer=tracer, expandable_segments=has_expandable_segments(_allocator_of(cluster)))  # fmt: skip
+                                only_fits=only_fits, tracer=tracer, expandable_segments=has_expandable_segments(_allocator_of(cluster)))  # fmt: skip
         return apply_calibration(memory, measured, layout.workers_per_node) if measured else memory
 
     return predict
