@@ -157,7 +157,7 @@ def _leave_out_what_is(recipe: Recipe, changes: Changes) -> Changes:
 
 
 def _with_least_rows(recipe: Recipe, cluster: Cluster) -> tuple[Recipe, Layout, BatchPlan]:
-    """With the least micro-batch that the recipe allows."""
+    """The recipe with the least micro-batch that it allows."""
     layout, _ = make_layout(recipe, cluster)
     micro = recipe.batch.micro_batch_size
     return recipe, layout, make_micro_batch(recipe, layout, 1 if micro == "auto" else micro)

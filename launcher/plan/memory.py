@@ -161,8 +161,8 @@ def predict_memory(
 
     With `replay` the allocator is simulated and every layer computed; without, its slack is a share and a deep model's layers are
     extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step, where there is one.
-    `only_fits`: asked only whether it fits. Of what does not, no more is told than what shows it: without a replay the slack is what is
-    sure of it, and a replay ends where it leaves no room.
+    `only_fits`: whether it fits is all that is asked. Without a replay, slack is then what every replay finds; a replay ends where there is
+    no room left.
     `work` is what a rank computes, and `states` what it holds, where they are not this launcher's loop's and DeepSpeed's.
     """
     overheads = overheads or choose_overheads(cluster.device_name)

@@ -194,7 +194,7 @@ def choose(candidates: list[Candidate], budget: int, floor: Floor, predict: Pred
 
 
 def find_fitting(candidates: list[Candidate], budget: int, floor: Floor, bound: Predict, confirm: Predict) -> Candidate | None:
-    """The fastest that fits: `choose` where there is no use for another. `bound` is never above `confirm`."""
+    """The fastest that fits: `choose` where no other is of use. `floor` and `bound` are never above what `confirm` says."""
     for candidate in candidates:
         of = candidate.recipe, candidate.layout, candidate.batch
         if floor(*of) <= budget and bound(*of).verdict == "FITS" and (memory := confirm(*of)).verdict == "FITS":
