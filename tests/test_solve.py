@@ -202,7 +202,28 @@ def test_more_machines_are_suggested_where_they_help() -> None:
     dry = make_dry_run(plan_of(recipe, cluster))
     assert dry.nodes_that_fit in (2, 4, 8, 16)
     assert plan_of(recipe, cluster.model_copy(update={"nodes": dry.nodes_that_fit})).memory.verdict == "FITS"
-    assert suggest_nodes(recipe, cluster, lambda wider: None) is None
+    assert suggest_nodes(cluster, lambda wider: False) is None
+
+
+@pytest.mark.parametrize("budget", ["9.3GiB", "23GiB"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_what_is_asked_only_whether_it_fits_agrees_with_the_exact_prediction(budget: str, offload: bool) -> None:
+    """Without a replay it is never above it, and a replay that ends early is one of what does not fit."""
+    parallel = {"zero_stage": 3, "offload_param": offload, "offload_optimizer": offload}
+    recipe = recipe_of(
+        LLAMA_1B, parallel=parallel, memory={"budget": budget, "gradient_checkpointing": True}, batch={"global_batch_size": 16}
+    )
+    cluster = on("rtx-4090", each=2)
+    shape = plan_of(recipe, cluster).shape
+    quick, ending, exact = (
+        make_predictor(shape, cluster, replay=replay, only_fits=only_fits)
+        for replay, only_fits in ((False, True), (True, True), (True, False))
+    )
+    for candidate in make_candidates(recipe, shape, cluster, find_device("rtx-4090"), count_trainable(recipe, shape)):
+        of = candidate.recipe, candidate.layout, candidate.batch
+        told, needs = quick(*of), exact(*of)
+        assert told.without_slack.device("total").p95 < told.device("total").p95 <= needs.device("total").p95
+        assert ending(*of) == needs if needs.verdict == "FITS" else ending(*of).verdict != "FITS"
 
 
 def test_the_document_of_a_dry_run_has_what_is_promised() -> None:

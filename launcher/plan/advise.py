@@ -9,7 +9,6 @@ from typing import Any
 
 from launcher.cluster import Cluster
 from launcher.plan.batch import BatchPlan, list_divisors
-from launcher.plan.budget import MemoryPlan
 from launcher.plan.devices import Device
 from launcher.plan.layout import Layout, make_layout
 from launcher.plan.shape import ModelShape
@@ -18,7 +17,7 @@ from launcher.plan.solve import (
     Floor,
     Predict,
     apply_changes,
-    choose,
+    find_fitting,
     is_possible,
     list_quantised,
     make_candidates,
@@ -110,6 +109,7 @@ def suggest_changes(
     budget: int,
     floor: Floor,
     predict: Predict,
+    bound: Predict,
     confirm: Predict,
 ) -> list[Suggestion]:
     """The cheapest changes that make a recipe fit, best first; none where nothing does. `batch` is what it was planned with.
@@ -129,11 +129,14 @@ def suggest_changes(
         milder_does = any(all(mild <= pick for mild, pick in zip(other, picks, strict=True)) for _, other, _ in found)
         if not changes or milder_does or not is_possible(changed, recipe, shape, cluster):
             continue
-        if tried == MOST_CONFIRMED or not _may_fit(changed, cluster, budget, floor, predict):
+        least = _with_least_rows(changed, cluster)
+        if tried == MOST_CONFIRMED or floor(*least) > budget or predict(*least).verdict != "FITS":
             continue
         tried += 1
-        taken = choose(make_candidates(changed, shape, cluster, device, trained_of(changed)), budget, floor, predict, confirm).taken
-        if taken.memory is None or taken.verdict != "FITS":
+        if bound(*least).verdict != "FITS":
+            continue
+        taken = find_fitting(make_candidates(changed, shape, cluster, device, trained_of(changed)), budget, floor, bound, confirm)
+        if taken is None or taken.memory is None:
             continue
         grade = max(step.grade for step in steps)
         slowdown = taken.step_s / taken.batch.seq_len / before if device else 1.0
@@ -153,12 +156,11 @@ def _leave_out_what_is(recipe: Recipe, changes: Changes) -> Changes:
     return {key: value for key, value in changes.items() if "." not in key or asked[key.partition(".")[0]][key.partition(".")[2]] != value}
 
 
-def _may_fit(recipe: Recipe, cluster: Cluster, budget: int, floor: Floor, predict: Predict) -> bool:
-    """With the least micro-batch that the recipe allows."""
+def _with_least_rows(recipe: Recipe, cluster: Cluster) -> tuple[Recipe, Layout, BatchPlan]:
+    """The recipe with the least micro-batch that it allows."""
     layout, _ = make_layout(recipe, cluster)
     micro = recipe.batch.micro_batch_size
-    of = recipe, layout, make_micro_batch(recipe, layout, 1 if micro == "auto" else micro)
-    return floor(*of) <= budget and predict(*of).verdict == "FITS"
+    return recipe, layout, make_micro_batch(recipe, layout, 1 if micro == "auto" else micro)
 
 
 def _rank_picks(picks: tuple[int, ...], lists: list[list[_Step]]) -> tuple[int, int, int]:
@@ -167,11 +169,7 @@ def _rank_picks(picks: tuple[int, ...], lists: list[list[_Step]]) -> tuple[int, 
     return max((step.grade for step in steps), default=0), len(steps), sum(picks)
 
 
-def suggest_nodes(
-    recipe: Recipe, cluster: Cluster, predict_on: Callable[[Cluster], MemoryPlan | None], counts: Iterable[int] = (2, 4, 8, 16, 32, 64)
-) -> int | None:
+def suggest_nodes(cluster: Cluster, fits_on: Callable[[Cluster], bool], counts: Iterable[int] = (2, 4, 8, 16, 32, 64)) -> int | None:
     """The fewest nodes, among powers of two, on which the recipe as it is fits; None where none do."""
-    for nodes in counts:
-        if nodes > cluster.nodes and (memory := predict_on(cluster.model_copy(update={"nodes": nodes}))) and memory.verdict == "FITS":
-            return nodes
-    return None
+    wider = (cluster.model_copy(update={"nodes": nodes}) for nodes in counts if nodes > cluster.nodes)
+    return next((each.nodes for each in wider if fits_on(each)), None)

@@ -208,10 +208,13 @@ class Allocator:
         insort(pool.free, (size, rest.segment, rest.offset, rest))
 
 
-def replay(events: Iterable[tuple[str, int, int]], *, expandable: bool, limit: int | None = None) -> dict[str, tuple[int, int]]:
+def replay(
+    events: Iterable[tuple[str, int, int]], *, expandable: bool, limit: int | None = None, until: int | None = None
+) -> dict[str, tuple[int, int]]:
     """Of (phase, size or -size, key) events: by phase, the most that was reserved and the most that was allocated.
 
     Size 0 empties the cache. `limit` is what the device has: before it is passed, cached segments are given back.
+    After a phase in which more is reserved than `until`, no other is replayed.
     """
     allocator = Allocator(expandable=expandable, limit=limit)
     allocate, free = allocator.allocate, allocator.free
@@ -220,6 +223,8 @@ def replay(events: Iterable[tuple[str, int, int]], *, expandable: bool, limit: i
     for phase, size, key in events:
         if phase != current:
             _note(peaks, current, allocator)
+            if until is not None and allocator.peak_reserved > until:
+                return peaks
             current, began = phase, True
         if size > 0:
             allocate(key, size)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
-from launcher.errors import RecipeError
 from launcher.plan.advise import Suggestion, suggest_nodes
-from launcher.plan.budget import MemoryPlan
 from launcher.plan.calibration import find_calibration, find_rates
-from launcher.plan.plan import Plan, make_plan, make_suggestions
+from launcher.plan.plan import Plan, fits_on, make_suggestions
 from launcher.plan.solve import Candidate, Choice
 from launcher.plan.speed import Speed, estimate_run, estimate_step
 
@@ -66,13 +65,7 @@ def estimate_plan(plan: Plan) -> Speed | None:
 
 
 def _find_nodes(plan: Plan) -> int | None:
-    def predict_on(cluster: Any) -> MemoryPlan | None:
-        try:
-            return make_plan(plan.recipe, cluster, base_dir=plan.base_dir, run_dir=plan.run_dir).memory
-        except RecipeError:
-            return None  # the global batch does not divide by so many
-
-    return suggest_nodes(plan.recipe, plan.cluster, predict_on) if plan.layout.accelerator == "cuda" else None
+    return suggest_nodes(plan.cluster, partial(fits_on, plan)) if plan.layout.accelerator == "cuda" else None
 
 
 def make_document(dry: DryRun) -> dict[str, Any]:

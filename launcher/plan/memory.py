@@ -12,7 +12,7 @@ from typing import Any, Literal, Protocol
 
 from launcher.cluster import Cluster
 from launcher.plan.batch import BatchPlan
-from launcher.plan.budget import COMPONENTS, Component, MemoryPlan, Phase, Provenance
+from launcher.plan.budget import COMPONENTS, MARGIN, Component, MemoryPlan, Phase, Provenance
 from launcher.plan.decoder import CLOSED_FORMS
 from launcher.plan.evaluating import Evaluation, profile_evaluating
 from launcher.plan.fused import FUSED
@@ -24,10 +24,10 @@ from launcher.plan.merging import make_merge_phases
 from launcher.plan.products import predict_objects, predict_products
 from launcher.plan.profile import Peak, StepProfile, bound_step, profile_step
 from launcher.plan.shape import ModelShape, as_llama
-from launcher.plan.slack import Held, add_bytes, make_heap_slack, make_slack, part
+from launcher.plan.slack import Held, add_bytes, bound_slack, make_heap_slack, make_slack, part
 from launcher.plan.speed import find_target_len
 from launcher.plan.states import Counts, Sharding, States, count_states, make_states, optimizer_of
-from launcher.plan.timeline import flushes_in_backward, tell_step
+from launcher.plan.timeline import flushes_in_backward, list_streams, tell_step
 from launcher.plan.trainable import OTHERS, as_trained
 from launcher.plan.workload import MethodFacts, Workload
 from launcher.recipe import Freeze, Full, Lora, QLora, Recipe
@@ -150,6 +150,7 @@ def predict_memory(
     deepspeed: Mapping[str, Any],
     budget: int | None = None,
     replay: bool = True,
+    only_fits: bool = False,
     overheads: Overheads | None = None,
     expandable_segments: bool = False,
     tracer: Tracer | None = None,
@@ -160,6 +161,8 @@ def predict_memory(
 
     With `replay` the allocator is simulated and every layer computed; without, its slack is a share and a deep model's layers are
     extrapolated: for a search over thousands of candidates. `tracer` is asked for the micro-step, where there is one.
+    `only_fits`: whether it fits is all that is asked. Without a replay, slack is then what every replay finds; a replay ends where there is
+    no room left.
     `work` is what a rank computes, and `states` what it holds, where they are not this launcher's loop's and DeepSpeed's.
     """
     overheads = overheads or choose_overheads(cluster.device_name)
@@ -168,7 +171,8 @@ def predict_memory(
     counts = count_states(work)
     states = states or make_states(counts, sharding, width=work.width, optimizer=optimizer_of(recipe),
                                    micro_steps=batch.gradient_accumulation_steps, on_cpu=work.device == "cpu")  # fmt: skip
-    limit = (budget if budget is not None else cluster.device_memory) - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
+    there = budget if budget is not None else cluster.device_memory
+    limit = there - overheads.context - (overheads.nccl if sharding.ranks > 1 else 0)
     states = _flatten_where_there_is_room(states, limit, on_device=work.device == "cuda" and sharding.stage in (1, 2))
     profile, acting, notes = _choose_profile(work, sharding.stage < 2, tracer)
     parts = Parts(work, acting, sharding, counts, states, batch.gradient_accumulation_steps)
@@ -182,8 +186,13 @@ def predict_memory(
         threshold = choose_threshold(work)
         beside = keep_beside(largest_at_once(parts.acting, sharding), states.reduce_copy, sharding.ranks, threshold)
         slack = make_heap_slack(phases, story, threshold, beside)
+    elif story is None and only_fits:
+        streams = list_streams(parts.acting, sharding) if layout.accelerator == "cuda" else ()
+        slack = bound_slack(phases, streams, expandable_segments)
     else:
-        slack = make_slack(phases, story, expandable_segments, limit, alike=not profile.is_traced)
+        slack = make_slack(
+            phases, story, expandable_segments, limit, alike=not profile.is_traced, until=int((1 - MARGIN) * there) if only_fits else None
+        )
     finished = tuple(
         Phase(name=name, components=_finish(components, slack[name], work, overheads, sharding, name))
         for name, components in phases.items()
@@ -202,7 +211,7 @@ def predict_memory(
         host_phases=host + merging.host,
         disk=disk,
         network_bytes=make_network(counts, sharding, work.width, batch.gradient_accumulation_steps),
-        budget=budget if budget is not None else cluster.device_memory,
+        budget=there,
         host_budget=cluster.host_memory if cluster.host_memory > 1 else None,
         notes=tuple(notes),
     )

@@ -22,7 +22,7 @@ from launcher.plan.layout import Layout, make_layout
 from launcher.plan.losses import changes_logits
 from launcher.plan.memory import Tracer, count_trainable, has_closed_form, hold_at_least, predict_memory
 from launcher.plan.shape import ModelShape, load_shape, read_text_part
-from launcher.plan.solve import Choice, Floor, Predict, choose, describe_choice, make_candidates
+from launcher.plan.solve import Choice, Floor, Predict, choose, describe_choice, find_fitting, make_candidates
 from launcher.plan.source import find_missing_weights, locate_config
 from launcher.plan.trainable import check_pairs, list_oddities, settle_attention, settle_dtype, settle_packing
 from launcher.recipe import Recipe
@@ -229,19 +229,36 @@ def make_suggestions(plan: Plan) -> list[Suggestion]:
     def trained_of(recipe: Recipe) -> int:
         return count_trainable(recipe, plan.shape)
 
-    predict, confirm = (make_predictor(plan.shape, plan.cluster, replay=replay) for replay in (False, True))
+    predict = make_predictor(plan.shape, plan.cluster, replay=False)
     return suggest_changes(plan.recipe, plan.batch, plan.shape, plan.cluster, find_rates(plan.cluster), trained_of, plan.memory.budget,
-                           make_floor(plan.shape), predict, confirm)  # fmt: skip
+                           make_floor(plan.shape), predict, *_make_rules(plan.shape, plan.cluster))  # fmt: skip
 
 
-def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool, tracer: Tracer | None = None) -> Predict:
+def fits_on(plan: Plan, cluster: Cluster) -> bool:
+    """Whether what is planned would fit another cluster of such devices."""
+    batch, ranks = plan.recipe.batch, cluster.nodes * cluster.workers_per_node
+    try:
+        check_batch(global_batch_size=batch.global_batch_size, micro_batch_size=batch.micro_batch_size, ranks=ranks)
+    except RecipeError:
+        return False
+    recipe, device = settle_attention(plan.recipe, plan.shape, cluster), find_rates(cluster)
+    candidates = make_candidates(recipe, plan.shape, cluster, device, plan.trainable_params)
+    return find_fitting(candidates, plan.memory.budget, make_floor(plan.shape), *_make_rules(plan.shape, cluster)) is not None
+
+
+def _make_rules(shape: ModelShape, cluster: Cluster) -> tuple[Predict, Predict]:
+    """What is never above the exact prediction, and the exact one of what fits."""
+    return make_predictor(shape, cluster, replay=False, only_fits=True), make_predictor(shape, cluster, replay=True, only_fits=True)
+
+
+def make_predictor(shape: ModelShape, cluster: Cluster, *, replay: bool, only_fits: bool = False, tracer: Tracer | None = None) -> Predict:
     """What predicts the memory of a recipe, its layout and its batch, for this model and cluster."""
     measured = find_calibration(cluster)
 
     def predict(recipe: Recipe, layout: Layout, batch: BatchPlan) -> MemoryPlan:
         config = configure_deepspeed(recipe, shape, layout, batch)
         memory = predict_memory(recipe, shape, layout, batch, cluster, deepspeed=config, budget=recipe.memory.budget_bytes, replay=replay,
-                                tracer=tracer, expandable_segments=has_expandable_segments(_allocator_of(cluster)))  # fmt: skip
+                                only_fits=only_fits, tracer=tracer, expandable_segments=has_expandable_segments(_allocator_of(cluster)))  # fmt: skip
         return apply_calibration(memory, measured, layout.workers_per_node) if measured else memory
 
     return predict

@@ -193,6 +193,15 @@ def choose(candidates: list[Candidate], budget: int, floor: Floor, predict: Pred
     return Choice(taken=_find_least(seen, budget, predict, confirm), considered=tuple(seen), total=len(candidates))
 
 
+def find_fitting(candidates: list[Candidate], budget: int, floor: Floor, bound: Predict, confirm: Predict) -> Candidate | None:
+    """The fastest that fits: `choose` where no other is of use. `floor` and `bound` are never above what `confirm` says."""
+    for candidate in candidates:
+        of = candidate.recipe, candidate.layout, candidate.batch
+        if floor(*of) <= budget and bound(*of).verdict == "FITS" and (memory := confirm(*of)).verdict == "FITS":
+            return replace(candidate, memory=memory, is_exact=True)
+    return None
+
+
 def _confirm(candidate: Candidate, confirm: Predict, worst: Verdict) -> Candidate:
     """Computed exactly, where its verdict may be `worst` or better."""
     if candidate.is_exact or VERDICTS.index(candidate.verdict or "FITS") > VERDICTS.index(worst):

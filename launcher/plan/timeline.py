@@ -65,8 +65,7 @@ def tell_step(work: Workload, states: States, sharding: Sharding, keeps: bool, m
         story.begin("engine start", states.bucket)
     if sharding.stage == 3:
         story.begin("engine start", states.gradients)
-    if sharding.stage == 3 and sharding.overlap:
-        story.side = (_fetch(work, sharding) if gathers(sharding) else [], _reduce(work, sharding))
+    story.side = list_streams(work, sharding)
     if gathers(sharding) and not story.side:
         taped = gathering_step(work, sharding, keep_gradients=keeps, gradients_exist=keeps and micro_steps > 1)
     else:
@@ -130,6 +129,13 @@ def _load(story: Story, work: Workload, states: States, sharding: Sharding) -> N
 
 NORM_CHUNK = 250_000_000
 """Elements of a gradient whose norm is taken at a time, in fp64 (stage3.py, _constant_buffered_norm2)."""
+
+
+def list_streams(work: Workload, sharding: Sharding) -> tuple[list[Event], ...]:
+    """The events of ZeRO-3's own streams: what is gathered, and what is reduced."""
+    if sharding.stage != 3 or not sharding.overlap:
+        return ()
+    return (_fetch(work, sharding) if gathers(sharding) else [], _reduce(work, sharding))
 
 
 def _fetch(work: Workload, sharding: Sharding) -> list[Event]:
