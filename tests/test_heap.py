@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from tiny import plan_tiny
 
-from launcher.plan.heap import ENVIRONMENT, LEAST_THRESHOLD, MOST_THRESHOLD, Heap, choose_threshold, keep_beside, replay
+from launcher.plan import heap as heap_module
+from launcher.plan.heap import ENVIRONMENT, LEAST_THRESHOLD, MOST_THRESHOLD, Heap, choose_threshold, heap_environment, keep_beside, replay
 from launcher.plan.memory import make_workload
+from launcher.plan.tape import GRAPH_OBJECT
 
 MIB = 1 << 20
 IN_WAVES = """
@@ -117,6 +119,25 @@ def test_a_hole_that_stays_is_slack() -> None:
     assert live == 9 * MIB and resident == pytest.approx(10 * MIB, rel=0.05), "the hole of 9 MiB is taken again"
     resident, live = replay([event for event in events if event[0] == "forward"] + [("backward", MIB // 4, 20)], 16 * MIB)["backward"]
     assert live == MIB + MIB // 4 and resident == pytest.approx(10 * MIB, rel=0.05), "and stays whole where little is wanted"
+
+
+@pytest.mark.parametrize(("backward", "most"), [(False, 6), (True, 40)])
+def test_nodes_in_pieces_keep_a_hole_from_its_own_size(monkeypatch: pytest.MonkeyPatch, backward: bool, most: int) -> None:
+    """Thirty tensors, each gone before the next comes; their nodes with them, or not before the backward pass."""
+    monkeypatch.setattr(heap_module, "NODES_IN_PIECES", 1.0)
+    events = []
+    for turn in range(0, 120, 4):
+        events += [("forward", MIB, turn), ("forward", GRAPH_OBJECT, turn + 1), ("forward", 64 << 10, turn + 2), ("forward", -MIB, turn)]
+        events += [] if backward else [("forward", -GRAPH_OBJECT, turn + 1)]
+    events += [("backward", -GRAPH_OBJECT, turn + 1) for turn in range(0, 120, 4) if backward]
+    resident, live = replay(events, 4 * MIB)["forward"]
+    assert live == pytest.approx(MIB + 30 * (64 << 10), rel=0.01)
+    assert most / 2 * MIB < resident < most * MIB
+
+
+def test_what_a_process_begins_with() -> None:
+    assert heap_environment("cpu", {}) == ENVIRONMENT and heap_environment("cuda", {}) == {}
+    assert heap_environment("cpu", {"GLIBC_TUNABLES": "glibc.malloc.arena_max=1"}) == {}, "what the user has set stays"
 
 
 def test_what_gloos_threads_keep() -> None:

@@ -34,7 +34,6 @@ from launcher.job.preflight import check_reports, meeting_folder
 from launcher.job.recovery import Recovery
 from launcher.job.worker import News
 from launcher.plan import Plan, make_plan
-from launcher.plan.heap import heap_environment
 from launcher.resuming import Choice, choose_run, continue_plan, open_run_folder
 from launcher.run import Event, RunFolder, hold_run, write_status
 
@@ -86,8 +85,7 @@ def _run(plan: Plan, choice: Choice, secrets: dict[str, str], speaker: Speaker, 
             speaker.say({"event": "note", "text": choice.note})
         secrets = {**{name: os.environ[name] for name in plan.cluster.ray.secrets if name in os.environ}, **secrets}
         speaker.say({"event": "phase", "name": "joining the cluster"})
-        environment = heap_environment(plan.layout.accelerator, os.environ)
-        ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False, runtime_env={"env_vars": environment})
+        ray.init(log_to_driver=False, logging_level="ERROR", configure_logging=False)
         signal.signal(signal.SIGTERM, wish.note_signal)  # after Ray, which puts its own handlers there
         try:
             Supervisor(ray, plan, folder, choice.newest.step if choice.newest else 0, secrets, speaker, wish).run()

@@ -22,6 +22,7 @@ from launcher.job.lines import is_noise, split_lines
 from launcher.job.preflight import NodeReport, make_report
 from launcher.plan import Plan
 from launcher.plan.allocator_settings import put_settings
+from launcher.plan.heap import heap_environment
 from launcher.run import Event, RunFolder
 
 TRAINING_SIDE = "launcher.train.worker"
@@ -54,8 +55,11 @@ class News:
 
 
 def worker_options(plan: Plan) -> dict[str, Any]:
-    """What Ray gives each worker. `control` lets it answer while it trains."""
+    """What Ray gives each worker. `control` lets it answer while it trains. A process of its own begins with what the heap is planned with,
+    unless this one's environment, which a Ray on this machine inherits, has it."""
+    environment = heap_environment(plan.layout.accelerator, os.environ)
     return {
+        **({"runtime_env": {"env_vars": environment}} if environment else {}),
         "num_cpus": plan.cluster.ray.cpus_per_worker,
         "num_gpus": 1 if plan.layout.accelerator == "cuda" else 0,
         "max_restarts": 0,
