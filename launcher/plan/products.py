@@ -20,7 +20,7 @@ LEAST_KEPT = 48
 SPARE = 8
 CODE_BYTES = 448 << 10
 """Compiled code and buffers a product: 300 to 1,400 KiB were measured over twelve shapes on a CPU with AMX (torch 2.13, oneDNN's brg_matmul),
-2,400 KiB for one; on average 350 to 580 KiB in the four runs in bf16 of the models 64 wide below."""
+2,400 KiB for one; on average 430 to 590 KiB in the four runs in bf16 of the models 64 wide below."""
 ATTENTION = 6
 """Small products in the backward pass of torch's fused attention on a CPU."""
 
