@@ -102,7 +102,7 @@ def assert_held_and_peak(plan: Plan, found: dict[str, Any]) -> None:
         assert peak == pytest.approx(found["peaks"][step], rel=0.01)
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(2, marks=pytest.mark.long), 3])
 @pytest.mark.parametrize(("name", "sections"), OPTIMIZERS, ids=str)
 def test_every_optimizer(
     name: str, sections: dict[str, Any], stage: int, tiny: Path, tmp_path: Path, one_rank: Ranks, seen_alone: None
@@ -125,9 +125,12 @@ def test_the_bucket_comes_with_the_first_gradient(stage: int, kind: str, tiny: P
 
 
 @pytest.mark.parametrize(
-    ("stage", "offloaded"), [(1, ["optimizer"]), (2, ["optimizer"]), (3, ["optimizer"]), (3, ["optimizer", "param"])], ids=str
-)
-@pytest.mark.parametrize(("name", "sections"), ON_HOST, ids=str)
+    ("stage", "offloaded", "name", "sections"),
+    [pytest.param(stage, offloaded, name, sections, marks=() if name == "adamw" or "param" in offloaded else pytest.mark.long)
+     for stage, offloaded in ((1, ["optimizer"]), (2, ["optimizer"]), (3, ["optimizer"]), (3, ["optimizer", "param"]))
+     for name, sections in ON_HOST],
+    ids=str,
+)  # fmt: skip
 def test_every_optimizer_on_the_host(
     name: str, sections: dict[str, Any], stage: int, offloaded: list[str], tiny: Path, tmp_path: Path, two_ranks: Ranks
 ) -> None:

@@ -130,7 +130,8 @@ def test_a_run_survives(fault: str, ray_hosts: RayHosts, unbroken: dict[int, flo
     assert status_of(folder)["state"] == "finished"
 
 
-@pytest.mark.parametrize("spare_too", [False, pytest.param(True, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("spare_too", [False, True])
 def test_a_spare_takes_over(spare_too: bool, ray_hosts: RayHosts, tmp_path: Path) -> None:
     """Once a run has stepped for a while a worker that dies is followed by its spare; by a new one, where that died too."""
     ray_hosts.wait_for_nodes(4)
