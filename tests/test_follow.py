@@ -4,6 +4,7 @@ stand-in for its Jobs API does; the rest is ours.
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -76,6 +77,20 @@ STEPS: list[Event] = [{"event": "step", "step": step, "total_steps": 5, "loss": 
 def test_a_tail_that_breaks_off_is_taken_up_where_it_was() -> None:
     heard: list[Event] = []
     client = Jobs(["Running entrypoint for job\n", *lines_of(*STEPS, make_result(None))], cuts=[3, 4, -1, 5])
+    assert follow(client, "lepton-tiny-1", heard.append) is None  # type: ignore[arg-type]
+    assert [event["step"] for event in heard if event["event"] == "step"] == [1, 2, 3, 4, 5]
+
+
+def test_a_tail_that_stays_open_after_the_end_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "SILENCE_S", 0.01)
+
+    class Silent(Jobs):
+        async def tail_job_logs(self, submission_id: str) -> AsyncIterator[str]:
+            yield self.log[0]
+            await asyncio.sleep(3600)
+
+    heard: list[Event] = []
+    client = Silent(lines_of(*STEPS, make_result(None)))
     assert follow(client, "lepton-tiny-1", heard.append) is None  # type: ignore[arg-type]
     assert [event["step"] for event in heard if event["event"] == "step"] == [1, 2, 3, 4, 5]
 

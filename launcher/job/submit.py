@@ -35,6 +35,8 @@ PREFIX = "lepton-"
 STOP_WAIT_S = 6 * 3600
 """How long Ray leaves a driver that it told to stop: the driver keeps its own time (ray.stop_grace_s, stop --grace)."""
 RECONNECT_S = 1.0
+SILENCE_S = 10.0
+"""How long a tail may say nothing before the job is asked whether it is over."""
 GIVE_UP_S = 90.0
 """How long a client looks for a cluster that no longer answers."""
 DEFAULT_GRACE_S = RayOptions().stop_grace_s
@@ -153,8 +155,8 @@ async def _follow(client: JobSubmissionClient, submission_id: str, show: Callabl
     heard, stray = 0, list[str]()
     lost_at: float | None = None
     while True:
-        with contextlib.suppress(ClusterError):  # a tail that breaks off tells nothing: the job's state does
-            async for line in _tail(client, submission_id):
+        with contextlib.suppress(ClusterError, DataError):  # a tail that breaks off tells nothing: the job's state does
+            async for line in _tail_until_over(client, submission_id):
                 event = read_message(line)
                 if event is None:
                     stray = [*stray[-20:], line] if not line.startswith(MARK) else stray
@@ -183,6 +185,23 @@ def _check_patience(error: LauncherError, lost_s: float) -> None:
     if lost_s > (FORGOTTEN_S if forgotten else GIVE_UP_S):
         what = "was started anew and no longer knows the run" if forgotten else f"has not answered for {GIVE_UP_S:.0f} s"
         raise ClusterError(f"the cluster {what}: {error.message}", "the same command continues the run on a cluster that is up") from None
+
+
+async def _tail_until_over(client: JobSubmissionClient, submission_id: str) -> AsyncIterator[str]:
+    """The lines of the job's log; Ray's tail now and then stays silent and open after its job has ended, and that is an end, too."""
+    lines = _tail(client, submission_id)
+    while True:
+        coming = asyncio.ensure_future(anext(lines))
+        while not (await asyncio.wait({coming}, timeout=SILENCE_S))[0]:
+            if find_job(client, submission_id).is_over:
+                coming.cancel()
+                await asyncio.wait({coming})
+                return
+        try:
+            line = coming.result()
+        except StopAsyncIteration:
+            return
+        yield line
 
 
 async def _tail(client: JobSubmissionClient, submission_id: str) -> AsyncIterator[str]:
