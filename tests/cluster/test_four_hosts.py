@@ -34,7 +34,7 @@ def one_host_losses(two_ranks: Ranks, tiny: Path, tmp_path_factory: pytest.TempP
 
 def test_a_run_from_outside_is_the_one_host_run(ray_hosts: RayHosts, one_host_losses: list[float], tmp_path: Path) -> None:
     """Detach, attach, a second submit, Ctrl-C, logs, status; and the losses of one host."""
-    recipe = str(write_recipe(tmp_path, "whole", steps=200))  # more than the one host's, so that it still runs when it is looked at
+    recipe = str(write_recipe(tmp_path, "whole", steps=60))  # more than the one host's, so that it still runs when it is looked at
     submit = [recipe, "--nodes", "4", *CLUSTER]
     sent = lepton(ray_hosts.address, *submit, "--detach", "--json")
     assert sent.returncode == 0, sent.stdout + sent.stderr
@@ -51,7 +51,7 @@ def test_a_run_from_outside_is_the_one_host_run(ray_hosts: RayHosts, one_host_lo
 
     attached = lepton(ray_hosts.address, "attach", "whole")
     assert attached.returncode == 0, attached.stdout + attached.stderr
-    assert "200 steps" in attached.stdout and "perplexity" in attached.stdout
+    assert "60 steps" in attached.stdout and "perplexity" in attached.stdout
     assert "node1 rank 0" in attached.stdout or "rank 0" in attached.stdout
     assert "Traceback" not in attached.stdout and "WARNING" not in attached.stdout
 
@@ -66,7 +66,7 @@ def test_a_run_from_outside_is_the_one_host_run(ray_hosts: RayHosts, one_host_lo
     assert plan["layout"]["nodes"] == 4
     assert json.loads(lepton(ray_hosts.address, "list", "--json").stdout)[0]["state"] == "SUCCEEDED"
     status: dict[str, Any] = json.loads(lepton(ray_hosts.address, "status", "whole", "--json").stdout)
-    assert (status["step"], status["total_steps"], status["restarts"]) == (200, 200, 0)
+    assert (status["step"], status["total_steps"], status["restarts"]) == (60, 60, 0)
     events = [json.loads(line) for line in lepton(ray_hosts.address, "logs", "whole", "--json").stdout.splitlines()]
     assert [event["number"] for event in events] == list(range(1, len(events) + 1))
     assert len({event["text"] for event in events if event["event"] == "note" and "workers:" in event["text"]}) == 1
