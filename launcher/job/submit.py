@@ -188,19 +188,19 @@ def _check_patience(error: LauncherError, lost_s: float) -> None:
 
 
 async def _tail_until_over(client: JobSubmissionClient, submission_id: str) -> AsyncIterator[str]:
-    """The lines of the job's log; Ray's tail now and then stays silent and open after its job has ended, and that is an end, too."""
+    """The lines of the job's log. A tail that stays open and silent after its job has ended is at its end, too."""
     lines = _tail(client, submission_id)
     while True:
         coming = asyncio.ensure_future(anext(lines))
-        while not (await asyncio.wait({coming}, timeout=SILENCE_S))[0]:
-            if find_job(client, submission_id).is_over:
-                coming.cancel()
-                await asyncio.wait({coming})
-                return
         try:
+            while not (await asyncio.wait({coming}, timeout=SILENCE_S))[0]:
+                if find_job(client, submission_id).is_over:
+                    return
             line = coming.result()
         except StopAsyncIteration:
             return
+        finally:
+            coming.cancel()
         yield line
 
 

@@ -29,10 +29,11 @@ LEAST_THRESHOLD, MOST_THRESHOLD = 4 * MIB, 32 * MIB
 ALIGNMENT, HEADER, LEAST_CHUNK, PAGE, TOP_PAD = 64, 16, 32, 4096, 128 << 10
 PIECES = (32, 48, 64)
 PIECES_AT_HAND = 2
-"""A tensor's own: with the next large block malloc joins what is free (malloc_consolidate)."""
+"""As many as a tensor leaves: the others are joined with what is free beside them, as malloc_consolidate does at the next large block. Chosen with the
+rows of docs/dry-run.md in sight."""
 NODES_IN_PIECES = 0.6
-"""Share of the graph's nodes that settle in one: the one constant that is fitted, on four runs that no table of results has: SmolLM2-135M, QLoRA in
-bf16 of 256 tokens with and without checkpointing, LoRA in bf16 of 1,024 and in fp32 of 512."""
+"""Share of the graph's nodes that settle in one: fitted on four runs that no table of results has: SmolLM2-135M, QLoRA in bf16 of 256 tokens with and
+without checkpointing, LoRA in bf16 of 1,024 and in fp32 of 512 (+5, +3, -1 and -8 % with it)."""
 ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.tcache_count=0"}
 
 

@@ -30,7 +30,8 @@ def run_step(
 ) -> Tape:  # fmt: skip
     """The tape of one micro-step of the first `layers` layers (all unless told); an evaluation where it does not `train`."""
     tape = Tape(record=record, accumulates_in_place=accumulates_in_place, round_to=round_to or (512 if work.device == "cuda" else 64),
-                on_cuda=work.device == "cuda", counts_workspace=work.kernel_workspace, training=train, fused=work.fused, reentrant=work.reentrant, notes_graph=record and work.device == "cpu")  # fmt: skip
+                on_cuda=work.device == "cuda", counts_workspace=work.kernel_workspace, training=train, fused=work.fused, reentrant=work.reentrant,
+                notes_graph=record and work.device == "cpu")  # fmt: skip
     if not keep_gradients or gradients_exist:
         tape.on_gradient = drop_gradient
     config = name_alike(read_text_part(work.shape.config))
